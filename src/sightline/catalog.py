@@ -1,0 +1,197 @@
+"""The registry of systems: one decorator on a class feeds the command line, docs, README, citations and the test matrix.
+
+    @system("var", kind="steer", paper=Paper(...))
+    @dataclass(frozen=True)
+    class VAR(System): ...
+
+Parameters are the dataclass fields; each carries its help, range and source in `field(metadata=...)` through `param`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from sightline.errors import ParameterError, UnknownNameError, nearest
+
+KINDS = {
+    "steer": "edit attention or hidden states while the model answers",
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a system was published."""
+
+    title: str
+    authors: str  # BibTeX form, "A and B"
+    venue: str
+    year: int
+    arxiv: str | None = None
+    code: str | None = None  # official repository, owner/name
+    licence: str | None = None  # of the official code
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+
+    def bibtex(self, key: str) -> str:
+        """The BibTeX entry, with `key` as its label."""
+        rows = {"title": f"{{{self.title}}}", "author": self.authors, "booktitle": self.venue, "year": str(self.year)}
+        if self.arxiv:
+            rows |= {"eprint": self.arxiv, "archivePrefix": "arXiv", "url": self.url}
+        return "\n".join([f"@inproceedings{{{key},", *(f"  {k} = {{{v}}}," for k, v in rows.items()), "}"])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered system."""
+
+    slug: str
+    kind: str
+    cls: type
+    paper: Paper
+    summary: str
+    needs: tuple[str, ...]  # what a host must have: "image_tokens", "cls", ...
+    published: tuple[tuple[str, str], ...]  # (what, figure) the paper reports, with its source stated
+
+    @property
+    def parameters(self) -> tuple[dataclasses.Field, ...]:
+        return dataclasses.fields(self.cls)
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def param(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its help and allowed range; `check_parameters` enforces the range."""
+    metadata = {"help": help, "low": low, "high": high}
+    if isinstance(default, (list, dict, set)):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_parameters(instance: Any) -> None:
+    """Raise ParameterError for the first field outside the range that its `param` states."""
+    for f in dataclasses.fields(instance):
+        value, low, high = getattr(instance, f.name), f.metadata.get("low"), f.metadata.get("high")
+        if value is None or (low is None and high is None):
+            continue
+        low, high = -float("inf") if low is None else low, float("inf") if high is None else high
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ParameterError(
+                f"{type(instance).__name__}: {f.name}={value!r} is out of range; choose {f.name} in [{low:g}, {high:g}]"
+            )
+
+
+def system(
+    slug: str,
+    *,
+    kind: str,
+    paper: Paper,
+    summary: str,
+    needs: tuple[str, ...] = ("image_tokens",),
+    published: tuple[tuple[str, str], ...] = (),
+) -> Callable[[type], type]:
+    """Register a class as a published system. Duplicate or malformed names raise at import."""
+    if kind not in KINDS:
+        raise UnknownNameError(f"unknown kind {kind!r}: {nearest(kind, list(KINDS))}")
+    if slug != slug.lower() or not slug.replace("-", "").isalnum():
+        raise ParameterError(f"system name {slug!r} must be lower-case letters, digits and hyphens")
+
+    def add(cls: type) -> type:
+        if slug in ENTRIES and ENTRIES[slug].cls.__qualname__ != cls.__qualname__:
+            raise ParameterError(f"system name {slug!r} is already taken by {ENTRIES[slug].cls.__name__}")
+        cls.slug = slug
+        ENTRIES[slug] = Entry(slug, kind, cls, paper, summary, needs, published)
+        return cls
+
+    return add
+
+
+def load_all() -> dict[str, Entry]:
+    """Import every system file; returns the registry, sorted by kind and name."""
+    for kind in KINDS:
+        package = import_module(f"sightline.{kind}")
+        for module in iter_modules(package.__path__):
+            import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(ENTRIES.items(), key=lambda item: (item[1].kind, item[0])))
+
+
+def entry(slug: str) -> Entry:
+    """The registered system of that name; UnknownNameError suggests the nearest."""
+    entries = load_all()
+    if slug not in entries:
+        raise UnknownNameError(f"unknown system {slug!r}: {nearest(slug, list(entries))} (see `sightline list`)")
+    return entries[slug]
+
+
+def parse(spec: str) -> list[Any]:
+    """Systems from the command-line form `name:key=value,key=value+name2`; "none" gives an empty list."""
+    systems = []
+    for part in spec.split("+"):
+        name, _, settings = part.strip().partition(":")
+        if name in ("", "none"):
+            continue
+        systems.append(build(name, dict(_setting(s) for s in settings.split(",") if s)))
+    return systems
+
+
+def build(slug: str, settings: dict[str, Any]) -> Any:
+    """The system `slug` with the given parameters; strings are converted to the field's type."""
+    found = entry(slug)
+    hints = typing.get_type_hints(found.cls)
+    known = [f.name for f in found.parameters if f.init]
+    for key in settings:
+        if key not in known:
+            raise ParameterError(f"{slug} has no parameter {key!r}: {nearest(key, known)}")
+    return found.cls(**{k: _convert(slug, k, v, hints[k]) if isinstance(v, str) else v for k, v in settings.items()})
+
+
+def to_dict(instance: Any) -> dict[str, Any]:
+    """The JSON-able configuration of a system: {"system": slug, **parameters}."""
+    return {"system": instance.slug, **dataclasses.asdict(instance)}
+
+
+def from_dict(config: dict[str, Any]) -> Any:
+    """The system that `to_dict` described."""
+    config = dict(config)
+    return build(config.pop("system"), {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not value:
+        raise ParameterError(f"cannot read {text!r}: write parameters as name=value, for example var:p=0.4,tau=20")
+    return key.strip(), value.strip()
+
+
+def _convert(slug: str, key: str, text: str, hint: Any) -> Any:
+    """`text` as the type that the field declares: numbers, true/false, none, or a/b/c for a tuple."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if text.lower() == "none" and type(None) in options:
+        return None
+    for option in options:
+        origin = typing.get_origin(option) or option
+        try:
+            if origin is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if origin is tuple:
+                return tuple(json.loads(part) for part in text.split("/"))
+            if origin in (int, float):
+                return origin(text)
+            if origin is str:
+                return text
+            if origin is typing.Literal and text in typing.get_args(option):
+                return text
+        except ValueError:
+            continue
+    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ParameterError(f"{slug}: cannot read {key}={text!r}; a value of type {wanted} is needed")

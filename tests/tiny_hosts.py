@@ -7,157 +7,17 @@ No end-of-text id is set, so `generate` always makes `max_new_tokens`; special t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
-import torch
 import transformers as tf
-from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.smolvlm import processing_smolvlm
 
-CORPUS = (
-    "Is there a dog in the image? Yes, there is a cat. No, there is not a cup.",
-    "How many red cups are on the table? There are two red cups and one blue ball.",
-    "Describe the picture. What colour is the small square? USER: ASSISTANT: The square is green.",
-)
-BASE_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+from tests.tiny_parts import TinyHost, chat_template, finish, make_tokenizer, picture, text_config, tower_config
+from tests.tiny_vits import TINY_VITS, TinyViT
 
-
-@lru_cache
-def tokenizer_json(specials: tuple[str, ...]) -> str:
-    """A byte-level BPE of about 350 entries; every text can be written and read back."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = len(specials) + len(alphabet) + 80
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(specials), initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer.to_str()
-
-
-def make_tokenizer(named: dict[str, str], others: tuple[str, ...] = ()) -> tf.PreTrainedTokenizerFast:
-    """A fast tokenizer; `named` become attributes: {"image_token": "<image>"} gives `.image_token`, `.image_token_id`."""
-    specials = tuple(dict.fromkeys((*BASE_TOKENS, *named.values(), *others)))
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer_json(specials)),
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=list(others),
-        model_specific_special_tokens=named,
-        padding_side="left",
-    )
-
-
-def chat_template(image: str) -> str:
-    """A minimal chat template that writes `image` for every picture."""
-    return (
-        "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}" + image + "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
-
-
-def picture(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
-    """A picture with coloured boxes on grey noise; the same for the same arguments."""
-    rng = random.Random(seed * 7919 + width * 31 + height)
-    image = Image.frombytes("RGB", (width, height), rng.randbytes(width * height * 3))
-    draw = ImageDraw.Draw(image)
-    for _ in range(3):
-        x, y = rng.randrange(width), rng.randrange(height)
-        colour = tuple(rng.randrange(256) for _ in range(3))
-        draw.rectangle((x, y, x + width // 3, y + height // 3), fill=colour)
-    return image
-
-
-@dataclass
-class TinyHost:
-    """A tiny vision-language model with its processor."""
-
-    name: str
-    model: Any
-    processor: Any
-    placeholder: str = "<image>"  # what a prompt holds for one picture
-    nested: bool = False  # the processor wants one list of pictures per row
-    generate_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def inputs(
-        self, questions: list[str], images: list[list[Image.Image]] | None = None, padding_side: str = "left"
-    ) -> tf.BatchFeature:
-        """Model inputs for a batch: each question may have 0, 1, 2, ... pictures."""
-        rows = images if images is not None else [[] for _ in questions]
-        prompts = [f"USER: {self.placeholder * len(r)}{q} ASSISTANT:" for q, r in zip(questions, rows, strict=True)]
-        flat = [image for row in rows for image in row]
-        pictures = (rows if self.nested else flat) if flat else None
-        self.processor.tokenizer.padding_side = padding_side
-        return self.processor(
-            images=pictures,
-            text=prompts,
-            return_tensors="pt",
-            text_kwargs={"padding": True, "padding_side": padding_side},
-        )
-
-
-def randomize(model: torch.nn.Module, seed: int, embedding_std: float = 1.0) -> None:
-    """Draw all matrices again with gain one: N(0, 1/fan_in); token embeddings N(0, embedding_std)."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.ndim < 2:
-            continue
-        transposed = name.endswith("mm_input_projection_weight")  # Gemma3 stores (in, out), and starts with zeros
-        fan_in = p.shape[0] if transposed else p[0].numel()
-        std = embedding_std if name.endswith("embed_tokens.weight") else fan_in**-0.5
-        with torch.no_grad():
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
-
-
-def finish(name: str, model: Any, processor: Any, embedding_std: float = 1.0, **kwargs: Any) -> TinyHost:
-    """Seed the weights, set eval mode and a greedy generation config without specials and without an end."""
-    randomize(model, 0, embedding_std)
-    tokenizer = processor.tokenizer
-    config = model.generation_config
-    config.update(do_sample=False, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)
-    config.eos_token_id = None
-    config.suppress_tokens = sorted(tokenizer.all_special_ids)
-    return TinyHost(name, model.eval(), processor, **kwargs)
-
-
-def text_config(cls: type, tokenizer: Any, layers: int = 4, **kwargs: Any) -> Any:
-    """A decoder of 4 heads over 2 key-value heads, width 32."""
-    defaults = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return cls(**(defaults | kwargs))
-
-
-def tower_config(cls: type, image: int, patch: int = 8, layers: int = 2, **kwargs: Any) -> Any:
-    """A vision tower of 4 heads, width 32."""
-    defaults = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        image_size=image,
-        patch_size=patch,
-    )
-    return cls(**(defaults | kwargs))
+__all__ = ["TINY", "TINY_VITS", "TinyHost", "TinyViT", "picture"]
 
 
 def llava() -> TinyHost:
@@ -328,7 +188,7 @@ def qwen3_vl() -> TinyHost:
 
 
 def internvl() -> TinyHost:
-    """InternViT with CLS, tiles of 48 pixels: 6 x 6 patches, shuffled to 3 x 3 tokens; up to 6 tiles and a thumbnail."""
+    """InternViT with CLS, tiles of 48 pixels: 6 x 6 patches, shuffled to 3 x 3 tokens; up to 6 tiles + thumbnail."""
     tokenizer = make_tokenizer(
         {
             "start_image_token": "<img>",
@@ -455,69 +315,4 @@ TINY: dict[str, Callable[[], TinyHost]] = {
     "smolvlm": smolvlm,
     "gemma3": gemma3,
     "gemma3_pan_and_scan": partial(gemma3, pan_and_scan=True),
-}
-
-
-@dataclass
-class TinyViT:
-    """A tiny plain vision transformer with the processor of its family (None: timm, see `inputs`)."""
-
-    name: str
-    model: Any
-    processor: Any
-    size: int
-
-    def inputs(self, images: list[Image.Image]) -> Any:
-        """Model inputs for a batch: a BatchFeature, or for timm a tensor (B, 3, H, W)."""
-        if self.processor is None:
-            from timm.data import create_transform, resolve_data_config
-
-            transform = create_transform(**resolve_data_config({}, model=self.model))
-            return torch.stack([transform(image) for image in images])
-        return self.processor(images=images, return_tensors="pt")
-
-
-def clip_vit() -> TinyViT:
-    model = tf.CLIPVisionModel(tower_config(tf.CLIPVisionConfig, 48))
-    return vit("clip", model, tf.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}))
-
-
-def siglip_vit() -> TinyViT:
-    model = tf.SiglipVisionModel(tower_config(tf.SiglipVisionConfig, 48))
-    return vit("siglip", model, tf.SiglipImageProcessor(size={"height": 48, "width": 48}))
-
-
-def dinov2_vit(registers: int = 0) -> TinyViT:
-    kinds = (
-        (tf.Dinov2WithRegistersConfig, tf.Dinov2WithRegistersModel) if registers else (tf.Dinov2Config, tf.Dinov2Model)
-    )
-    extra = {"num_register_tokens": registers} if registers else {}
-    config = tower_config(kinds[0], 48, mlp_ratio=2, **extra)
-    processor = tf.BitImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
-    return vit("dinov2_registers" if registers else "dinov2", kinds[1](config), processor)
-
-
-def timm_vit(registers: int = 0) -> TinyViT:
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5, reg_tokens=registers
-    )
-    model.pretrained_cfg = {"input_size": (3, 48, 48), "crop_pct": 0.875, "interpolation": "bicubic"}
-    return vit("timm_registers" if registers else "timm", model, None)
-
-
-def vit(name: str, model: Any, processor: Any, size: int = 48) -> TinyViT:
-    randomize(model, 0)
-    return TinyViT(name, model.eval(), processor, size)
-
-
-TINY_VITS: dict[str, Callable[[], TinyViT]] = {
-    "clip": clip_vit,
-    "siglip": siglip_vit,
-    "dinov2": dinov2_vit,
-    "dinov2_registers": partial(dinov2_vit, registers=2),
-    "timm": timm_vit,
-    "timm_registers": partial(timm_vit, registers=4),
 }

@@ -1,0 +1,28 @@
+"""The generated world: pictures drawn from a seed, with exact truth, texts and question files.
+
+>>> from sightline import scenes
+>>> scene = scenes.draw(7)
+>>> scene.counts(), [(o.kind, o.colour, o.box) for o in scene.objects]
+
+Nothing is downloaded and only numpy and Pillow are used. Kinds co-occur by context, so a model trained on the world
+learns priors and can be caught when it answers from them.
+"""
+
+from __future__ import annotations
+
+from sightline.scenes.asking import Question, questions
+from sightline.scenes.captions import caption
+from sightline.scenes.contexts import CONTEXTS, Context
+from sightline.scenes.drawing import draw
+from sightline.scenes.kinds import COLOURS, KINDS, Kind
+from sightline.scenes.lexicon import words
+from sightline.scenes.naming import mentions
+from sightline.scenes.polling import pope
+from sightline.scenes.scene import Object, Scene
+from sightline.scenes.sheet import contact_sheet
+from sightline.scenes.splits import seeds
+
+__all__ = [
+    "COLOURS", "CONTEXTS", "KINDS", "Context", "Kind", "Object", "Question", "Scene", "caption", "contact_sheet",
+    "draw", "mentions", "pope", "questions", "seeds", "words",
+]  # fmt: skip

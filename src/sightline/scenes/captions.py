@@ -33,10 +33,11 @@ def _short(scene: Scene, rng: np.random.Generator) -> str:
         colours = {thing.colour for thing in things}
         parts.append(counted(len(things), kind, colours.pop() if len(colours) == 1 else ""))
     everything, place = listing(parts), with_article(scene.context)
+    on = PREPOSITION.get(scene.context, "in")
     forms = (
         f"{place} with {everything}",
         f"a picture of {place} with {everything}",
-        f"{everything} {PREPOSITION.get(scene.context, 'in')} {place}",
+        f"{everything} {on} {place}",
     )
     return sentence(forms[int(rng.integers(len(forms)))])
 

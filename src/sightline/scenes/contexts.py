@@ -101,10 +101,8 @@ def sample_kinds(rng: np.random.Generator, context: Context, n: int) -> list[str
     """`n` kinds for one picture: seeds by frequency, then companions and repeats, then surprises."""
     chosen: list[str] = []
     while len(chosen) < n:
-        if rng.random() < SURPRISE:
-            first = pick(rng, dict.fromkeys(KINDS, 1.0))
-        else:
-            first = pick(rng, context.weights)
+        surprised = rng.random() < SURPRISE
+        first = pick(rng, dict.fromkeys(KINDS, 1.0) if surprised else context.weights)
         burst = [first] * (1 + int(rng.random() < 0.3) + int(rng.random() < 0.12))
         burst += [other for other, chance in context.pairs.get(first, ()) if rng.random() < chance]
         for kind in burst:

@@ -19,6 +19,7 @@ DRAWINGS = {**shapes_home.DRAWINGS, **shapes_outdoors.DRAWINGS}
 SMALL, LARGE = (0.135, 0.17), (0.27, 0.40)  # longest side, fraction of the picture
 LEAST_VISIBLE = 0.35
 LEAST_PIXELS = 14  # at 112 x 112, in proportion elsewhere
+RIM = [v * 150 // 255 for v in range(256)]  # opacity of the thin dark rim around objects
 MARK = 0.024  # radius of a mark, fraction of the picture
 
 
@@ -87,11 +88,19 @@ def _owners(inked: list, side: int) -> np.ndarray:
     return np.asarray(owner)
 
 
-def _visible(owners: np.ndarray, n: int, factor: int) -> list[np.ndarray]:
-    """Masks of the picture's pixels that each object covers by at least half."""
+def _visible(owners: np.ndarray, k: int, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
+    """Mask of the picture's pixels that object `k` covers by at least half; `box` bounds it, supersampled."""
     size = owners.shape[0] // factor
-    tiles = owners.reshape(size, factor, size, factor).swapaxes(1, 2).reshape(size, size, factor * factor)
-    return [(tiles == k + 1).sum(-1) * 2 >= factor * factor for k in range(n)]
+    mask = np.zeros((size, size), dtype=bool)
+    x0, y0 = box[0] // factor, box[1] // factor
+    x1, y1 = min(-(-box[2] // factor), size), min(-(-box[3] // factor), size)
+    own = owners[y0 * factor : y1 * factor, x0 * factor : x1 * factor] == k + 1
+    covered = np.zeros((y1 - y0, x1 - x0), dtype=np.uint8)
+    for dy in range(factor):
+        for dx in range(factor):
+            covered += own[dy::factor, dx::factor]
+    mask[y0:y1, x0:x1] = covered * 2 >= factor * factor
+    return mask
 
 
 def _drop_hidden(plans: list[_Plan], side: int, factor: int):
@@ -100,26 +109,27 @@ def _drop_hidden(plans: list[_Plan], side: int, factor: int):
     least = LEAST_PIXELS * (side / factor / 112) ** 2
     while True:
         owners = _owners(inked, side)
-        shares = np.bincount(owners.ravel(), minlength=len(inked) + 1)[1:]
-        masks = _visible(owners, len(inked), factor)
-        for k, (_, mask, _corner) in enumerate(inked):
-            full = int(np.count_nonzero(np.asarray(mask)))
-            if shares[k] < LEAST_VISIBLE * full or masks[k].sum() < least:
+        shares = Image.fromarray(owners).histogram()[1:]
+        masks = []
+        for k, (_, mask, (x, y)) in enumerate(inked):
+            masks.append(_visible(owners, k, (x, y, x + mask.width, y + mask.height), factor))
+            if shares[k] < LEAST_VISIBLE * mask.histogram()[255] or masks[k].sum() < least:
                 del plans[k], inked[k]
                 break
         else:
             return inked, owners, masks
 
 
-def _shadows(plans: list[_Plan], side: int) -> Image.Image:
+def _shadows(plans: list[_Plan], side: int, lean: float) -> Image.Image:
     """Soft shadow layer under everything that stands, as opacity."""
     small = side // 3
     layer = Image.new("L", (small, small), 0)
     ink = ImageDraw.Draw(layer)
     for plan in plans:
         if plan.stands:
-            x, y, r = plan.x * small, (plan.y + plan.h) * small, max(plan.w * small * 0.12, 1.5)
-            ink.ellipse([x - 0.04 * plan.w * small, y - r, x + plan.w * small * 1.04, y + r * 0.8], fill=120)
+            w = plan.w * small
+            x, y, r = plan.x * small - 0.14 * lean * w, (plan.y + plan.h) * small, max(w * 0.12, 1.5)
+            ink.ellipse([x - 0.04 * w, y - r, x + 1.04 * w, y + r * 0.8], fill=120)
     return layer.filter(ImageFilter.BoxBlur(2)).resize((side, side), Image.Resampling.BILINEAR)
 
 
@@ -140,14 +150,14 @@ def _mark(canvas: Image.Image, plan: _Plan, k: int, owners: np.ndarray, side: in
     return box
 
 
-def _paint(canvas: Image.Image, plans: list[_Plan], inked: list, owners: np.ndarray, side: int) -> list:
+def _paint(canvas: Image.Image, plans: list[_Plan], inked: list, owners: np.ndarray, side: int, lean: float) -> list:
     """Paste the objects back to front, each with a thin dark rim; the boxes of their marks."""
-    canvas.paste((46, 42, 44), (0, 0), _shadows(plans, side))
+    canvas.paste((46, 42, 44), (0, 0), _shadows(plans, side, lean))
     boxes = []
     for k, (plan, (patch, mask, (x, y))) in enumerate(zip(plans, inked, strict=True)):
         rim = Image.new("L", (mask.width + 4, mask.height + 4), 0)
         rim.paste(mask, (2, 2))
-        rim = rim.filter(ImageFilter.MaxFilter(3)).point(lambda v: v * 150 // 255)
+        rim = rim.filter(ImageFilter.MaxFilter(3)).point(RIM)
         canvas.paste((28, 26, 30), (x - 2, y - 2), rim)
         canvas.paste(patch, (x, y), mask)
         boxes.append(_mark(canvas, plan, k, owners, side) if plan.mark else None)
@@ -189,8 +199,9 @@ def draw(seed: int, *, context: str | None = None, size: int = 112, objects: tup
     plans.sort(key=lambda plan: (plan.stands, plan.y + plan.h))
     inked, owners, masks = _drop_hidden(plans, side, factor)
     canvas = backdrop(place.name, side, horizon, rng)
-    marks = _paint(canvas, plans, inked, owners, side)
-    pixels = light(np.asarray(canvas.resize((size, size), Image.Resampling.BOX)), rng)
+    lean = float(rng.uniform(-1, 1))
+    marks = _paint(canvas, plans, inked, owners, side, lean)
+    pixels = light(np.asarray(canvas.reduce(factor)), lean, rng)
     things = [_object(*parts, factor) for parts in zip(plans, masks, marks, strict=True)]
     return Scene(int(seed), place.name, int(size), Image.fromarray(pixels), tuple(reversed(things)))
 

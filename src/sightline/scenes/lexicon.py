@@ -20,4 +20,4 @@ def words() -> list[str]:
     vocabulary = set(re.findall(r"[a-z']+", _TEXT.lower()))
     vocabulary |= {*CONTEXTS, *COLOURS, *NUMBERS, *synonyms()}
     vocabulary |= {word for row in PLACES for place in row for word in place.split()}
-    return sorted(vocabulary | {word[0].upper() + word[1:] for word in vocabulary}) + [".", ",", "?"]
+    return [*sorted(vocabulary | {word[0].upper() + word[1:] for word in vocabulary}), ".", ",", "?"]

@@ -36,6 +36,9 @@ def person(p: Pen) -> None:
     p.rect(0.43, 0.18, 0.57, 0.28, SKIN)
     p.dot(0.5, 0.115, 0.112, (84, 56, 38))
     p.oval(0.29, 0.055, 0.71, 0.225, SKIN)
+    p.dot(0.41, 0.125, 0.014, EYE)
+    p.dot(0.59, 0.125, 0.014, EYE)
+    p.line([(0.43, 0.175), (0.57, 0.175)], 0.012, (170, 80, 70), least=0.4)
 
 
 def bicycle(p: Pen) -> None:
@@ -174,15 +177,15 @@ def ball(p: Pen) -> None:
 
 
 def surfboard(p: Pen) -> None:
-    p.poly([(0.30, 0.90), (0.10, 1), (0.44, 0.97)], p.deep)
-    side = [
-        (0.5 + s * 0.46 * sin(pi * t) ** 0.75, t)
-        for s, ts in ((1, range(13)), (-1, range(12, -1, -1)))
-        for t in (k / 12 for k in ts)
-    ]
-    p.poly(side)
-    p.poly([(x if x < 0.5 else 0.5, y) for x, y in side], p.light)
-    p.line([(0.5, 0.06), (0.5, 0.94)], 0.05, p.deep)
+    p.poly([(0.18, 0.80), (0, 0.97), (0.34, 0.93)], p.deep)
+    p.poly([(0.82, 0.80), (1, 0.97), (0.66, 0.93)], p.deep)
+    half = [(0, 0), (0.16, 0.05), (0.28, 0.12), (0.38, 0.22), (0.44, 0.36), (0.45, 0.54), (0.42, 0.72), (0.35, 0.88)]
+    half += [(0.24, 0.96), (0.10, 1)]
+    p.poly([(0.5 + x, y) for x, y in half] + [(0.5 - x, y) for x, y in reversed(half)])
+    band = (252, 252, 250) if p.main[2] < 230 else (176, 178, 184)
+    p.poly([(0.07, 0.30), (0.93, 0.30), (0.945, 0.40), (0.055, 0.40)], band)
+    p.poly([(0.06, 0.66), (0.94, 0.66), (0.92, 0.73), (0.08, 0.73)], band)
+    p.line([(0.5, 0.05), (0.5, 0.95)], 0.025, p.deep, least=0.7)
 
 
 def tree(p: Pen) -> None:

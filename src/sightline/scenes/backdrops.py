@@ -158,7 +158,7 @@ def light(pixels: np.ndarray, lean: float, rng: np.random.Generator) -> np.ndarr
     `lean` in [-1, 1] says from where it comes: the left is brighter where it is negative.
     """
     side = pixels.shape[0]
-    level = 0.60 + 0.14 * rng.random() if rng.random() < 0.18 else 0.94 + 0.14 * rng.random()
+    level = 0.66 + 0.14 * rng.random() if rng.random() < 0.18 else 0.94 + 0.14 * rng.random()
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
     gain = level * (1 + 0.09 * lean * ramp[None, :] - 0.06 * float(rng.random()) * ramp[:, None])  # (S, S)
     cells = Image.fromarray(rng.integers(220, 256, (6, 6), dtype=np.uint8))

@@ -17,7 +17,7 @@ from sightline.scenes.scene import Object, Scene
 
 DRAWINGS = {**shapes_home.DRAWINGS, **shapes_outdoors.DRAWINGS}
 SMALL, LARGE = (0.135, 0.17), (0.27, 0.40)  # longest side, fraction of the picture
-LEAST_VISIBLE = 0.35
+LEAST_VISIBLE = {"small": 0.6, "large": 0.35}  # a half-hidden small thing could not be named at a glance
 LEAST_PIXELS = 14  # at 112 x 112, in proportion elsewhere
 RIM = [v * 150 // 255 for v in range(256)]  # opacity of the thin dark rim around objects
 MARK = 0.024  # radius of a mark, fraction of the picture
@@ -113,7 +113,7 @@ def _drop_hidden(plans: list[_Plan], side: int, factor: int):
         masks = []
         for k, (_, mask, (x, y)) in enumerate(inked):
             masks.append(_visible(owners, k, (x, y, x + mask.width, y + mask.height), factor))
-            if shares[k] < LEAST_VISIBLE * mask.histogram()[255] or masks[k].sum() < least:
+            if shares[k] < LEAST_VISIBLE[plans[k].size] * mask.histogram()[255] or masks[k].sum() < least:
                 del plans[k], inked[k]
                 break
         else:

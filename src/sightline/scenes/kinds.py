@@ -56,7 +56,7 @@ _ALL = (
     Kind("fish", "fish", 102, "animal", 1.6, (0.45, 0.55), 1.0, 0, ("fishes", "fishes")),
     Kind("umbrella", "umbrellas", 28, "outdoor", 1.1, (0.5, 0.25), 1.0, 0, ("parasol", "parasols")),
     Kind("ball", "balls", 37, "outdoor", 1.0, (0.5, 0.5), 0.85, 0.1, ("football", "footballs")),
-    Kind("surfboard", "surfboards", 42, "outdoor", 0.36, (0.5, 0.53), 1.15),
+    Kind("surfboard", "surfboards", 42, "outdoor", 0.34, (0.5, 0.51), 1.2),
     Kind("bottle", "bottles", 44, "kitchen", 0.4, (0.5, 0.86), 1.0, 0, ("flask", "flasks")),
     Kind("cup", "cups", 47, "kitchen", 1.15, (0.38, 0.6), 0.9, 0, ("mug", "mugs")),
     Kind("fork", "forks", 48, "kitchen", 0.34, (0.5, 0.36), 1.0),

@@ -28,8 +28,8 @@ def plate(p: Pen) -> None:
 
 def bowl(p: Pen) -> None:
     p.rect(0.34, 0.86, 0.66, 1, p.deep)
-    p.pie(0, -0.60, 1, 0.95, 0, 180)
-    p.pie(0.5, -0.60, 1, 0.95, 0, 90, p.dark)
+    p.pie(0, -0.60, 1, 0.95, 0, 180, p.dark)
+    p.pie(0, -0.60, 0.84, 0.92, 0, 180)
     p.oval(0, 0.02, 1, 0.36, p.light)
     p.oval(0.06, 0.07, 0.94, 0.33, p.deep)
 

@@ -1,0 +1,303 @@
+"""`attach`: put systems on a model, and take them off again without a trace.
+
+Doors used, all public: hooks on modules, and transformers' attention and mask interfaces. The model's forward code is
+never touched. Entering changes, on this one model: `_attn_implementation` of the configs whose attention a system looks
+at, one attribute on each of their attention modules, and hooks. Leaving undoes exactly these, also after an exception.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sightline.engine.seats import Seat, switch_attention
+from sightline.engine.sequences import Sequence, Sequences
+from sightline.engine.system import Shape, Site, System
+from sightline.errors import AttachError, HostError, ParameterError
+from sightline.hosts import Host, ViTHost, check, find, get
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARK = "_sightline_attachment"
+
+
+def attach(model: nn.Module, *systems: System, host: Host | ViTHost | None = None) -> Attachment:
+    """Put systems on a model; they act in the given order until `detach(model)` or the end of the `with` block.
+
+        with sl.attach(model, sl.steer.VAR()) as attached:
+            model.generate(**inputs)
+        attached.report()
+
+    Args:
+        model: a transformers vision-language model, or a plain vision transformer (transformers or timm).
+        systems: what to put on it. With none, nothing changes.
+        host: where the model keeps its parts, when its class is not a known host.
+
+    Raises:
+        AttachError: the model already carries systems, or two of the given ones conflict.
+        HostError: the model's class is unknown, or lacks a part that a system needs.
+        ParameterError: a system's parameters do not suit this model.
+    """
+    return Attachment(model, systems, host)
+
+
+def detach(model: nn.Module) -> None:
+    """Take off what `attach` put on; the model is then as before, bit for bit.
+
+    Raises:
+        AttachError: nothing is attached.
+    """
+    attached = model.__dict__.get(MARK)
+    if attached is None:
+        raise AttachError(f"nothing is attached to this {type(model).__name__}: call attach(model, ...) first")
+    attached.close()
+
+
+@dataclass
+class _Worker:
+    """A system at work on one model."""
+
+    system: System
+    setup: Any
+    tally: dict[Any, Any] = field(default_factory=dict)
+
+
+class Attachment:
+    """Systems on a model. A context manager; `report()` also works after leaving."""
+
+    def __init__(self, model: nn.Module, systems: tuple[System, ...], host: Host | ViTHost | None) -> None:
+        _check(model, systems)
+        self.model = model
+        self.systems = systems
+        self.host = host or find(model)
+        check(model, self.host)
+        shape = shape_of(model, self.host)
+        self.workers = [_Worker(s, s.prepare(shape)) for s in systems]
+        self.sequences = Sequences(self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None))
+        self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
+        self._undo = ExitStack()
+        try:
+            self._enter()
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave. Safe to call twice."""
+        self._undo.close()
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """What every system did since entry: {its name: plain numbers}."""
+        return {w.system.slug: w.system.report(w.tally, w.setup) for w in self.workers if w.system.slug}
+
+    # -- entering -----------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        self.model.__dict__[MARK] = self
+        self._undo.callback(self.model.__dict__.pop, MARK, None)
+        used = {station for w in self.workers if not w.system.idle() for station in w.system.stations()}
+        if "vision_attention" in used:
+            self._take_seats("vision", self.tower_attention())
+        if "pixels" in used:
+            self._hook(get(self.model, self.host.tower), self._pixels, with_kwargs=True)
+        text = used - {"vision_attention", "pixels"}
+        if text and not isinstance(self.host, Host):
+            raise HostError(f"{type(self.model).__name__} has no language model: stations {sorted(text)} do not exist there")
+        if not text:
+            return
+        parameters = signature(self.model.forward)
+        self._hook(self.model, partial(self._before, parameters), with_kwargs=True)
+        handle = self.model.register_forward_hook(self._after, with_kwargs=True)
+        self._undo.callback(handle.remove)
+        decoder = get(self.model, self.host.decoder)
+        if "visual_tokens" in text:
+            self._hook(decoder, self._visual_tokens, with_kwargs=True)
+        layers = list(get(decoder, self.host.layers))
+        if "hidden" in text:
+            for i, layer in enumerate(layers):
+                self._hook(layer, partial(self._hidden, i), with_kwargs=True)
+        if "attention" in text:
+            self._take_seats("text", self.text_attention())
+
+    def _take_seats(self, tower: str, modules: list[nn.Module]) -> None:
+        fused = getattr(self.host, "fused", False)
+        names = {} if fused else switch_attention(self.model, self._root(tower), modules, self._undo)
+        for i, module in enumerate(modules):
+            seat = Seat(self, tower, i, len(modules), plain=names.get(id(module), "fused"))
+            seat.take(module, self._undo)
+
+    def _hook(self, module: nn.Module, hook: Any, **options: Any) -> None:
+        self._undo.callback(module.register_forward_pre_hook(hook, **options).remove)
+
+    # -- parts of the model ---------------------------------------------------------------------------------------
+
+    def text_attention(self) -> list[nn.Module]:
+        """The self-attention module of every decoder layer."""
+        layers = get(get(self.model, self.host.decoder), self.host.layers)
+        return [get(layer, self.host.attention) for layer in layers]
+
+    def tower_attention(self) -> list[nn.Module]:
+        """The self-attention module of every layer of the vision tower."""
+        layers = get(get(self.model, self.host.tower), self.host.tower_layers)
+        return [get(layer, self.host.tower_attention) for layer in layers]
+
+    def _root(self, tower: str) -> nn.Module:
+        return get(self.model, self.host.decoder if tower == "text" else self.host.tower)
+
+    # -- at work --------------------------------------------------------------------------------------------------
+
+    def call(self, station: str, tower: str, layer: int, layers: int, heads: int, *args: Any) -> list[Any]:
+        """Call a station of every system that has it, in attach order; returns what is not None."""
+        sequence = self.sequences.current if tower == "text" else None
+        results = []
+        for i, worker in enumerate(self.workers):
+            if station not in worker.system.stations() or worker.system.idle():
+                continue
+            site = self._site(i, worker, sequence, tower, layer, layers, heads)
+            found = getattr(worker.system, station)(site, *args)
+            if found is not None:
+                results.append(found)
+        return results
+
+    def thread(self, station: str, tower: str, layer: int, layers: int, value: Tensor) -> Tensor | None:
+        """Pass a tensor through a station of every system in turn; None when none changed it."""
+        changed = None
+        for i, worker in enumerate(self.workers):
+            if station not in worker.system.stations() or worker.system.idle():
+                continue
+            site = self._site(i, worker, self.sequences.current if tower == "text" else None, tower, layer, layers, 0)
+            found = getattr(worker.system, station)(site, value if changed is None else changed)
+            changed = changed if found is None else found
+        return changed
+
+    def _site(
+        self, i: int, worker: _Worker, sequence: Sequence | None, tower: str, layer: int, layers: int, heads: int
+    ) -> Site:
+        if sequence is None:
+            state = self.vision_states[i]
+            return Site(tower, layer, layers, heads, None, 0, 0, True, 0, state, worker.setup, worker.tally)
+        return Site(
+            tower,
+            layer,
+            layers,
+            heads,
+            sequence.tokens,
+            sequence.tokens.shape[1] - sequence.queries,
+            sequence.queries,
+            sequence.prefill,
+            sequence.step,
+            sequence.states[i],
+            worker.setup,
+            worker.tally,
+        )
+
+    def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = parameters.bind_partial(*args, **kwargs).arguments
+        self.sequences.begin({**given, **given.get("kwargs", {})})
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        sequence = self.sequences.finish(output)
+        cache = getattr(output, "past_key_values", None)
+        if sequence is None:
+            return output
+        if cache is not None:
+            self.call("cache", "text", -1, 0, 0, cache)
+        new = self.thread("logits", "text", -1, 0, output.logits[:, -1])
+        if new is not None:
+            output.logits = torch.cat([output.logits[:, :-1], new[:, None].to(output.logits.dtype)], 1)
+        return output
+
+    def _pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        name = next(iter(signature(module.forward).parameters))
+        value = args[0] if args else kwargs[name]
+        new = self.thread("pixels", "vision", -1, 0, value)
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
+
+    def _visual_tokens(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        sequence, embeddings = self.sequences.current, kwargs.get("inputs_embeds")
+        if sequence is None or embeddings is None or not sequence.prefill or not sequence.tokens.has_image:
+            return None
+        new = self.thread("visual_tokens", "text", -1, 0, embeddings)
+        return None if new is None else (args, {**kwargs, "inputs_embeds": new})
+
+    def _hidden(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.sequences.current is None:
+            return None
+        value = args[0] if args else kwargs["hidden_states"]
+        new = self.thread("hidden", "text", layer, 0, value)
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
+    """The plain facts about a model that systems may ask for."""
+    if not isinstance(host, Host):
+        layers = len(get(get(model, host.tower), host.tower_layers))
+        return Shape("", layers, 0, 0, 0, first_states=lambda: torch.zeros(layers, 0))
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    return Shape(
+        config.model_type,
+        config.num_hidden_layers,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        config.hidden_size,
+        first_states=partial(first_states, model, host),
+    )
+
+
+def _check(model: nn.Module, systems: tuple[System, ...]) -> None:
+    for system in systems:
+        if not isinstance(system, System):
+            raise ParameterError(f"attach(model, *systems): {system!r} is not a system; see `sightline list` for all of them")
+    if MARK in model.__dict__:
+        names = "+".join(s.slug or type(s).__name__ for s in model.__dict__[MARK].systems) or "none"
+        raise AttachError(f"this model already carries [{names}]: leave that first, or give all systems to one attach(...)")
+    if any("_sightline" in m.__dict__ or MARK in m.__dict__ for m in model.modules()):
+        raise AttachError("a part of this model already carries systems: detach them from that part first")
+    for i, first in enumerate(systems):
+        for second in systems[i + 1 :]:
+            why = first.conflicts(second) or second.conflicts(first)
+            if why:
+                raise AttachError(f"{first.slug or first!r} and {second.slug or second!r} cannot run together: {why}")
+
+
+def first_states(model: nn.Module, host: Host) -> Tensor:
+    """(L, D) fp32: the state of the start token as it enters every decoder layer.
+
+    The first token sees only itself, so a sequence of one token is enough.
+    """
+    config = model.config.get_text_config()
+    generation = getattr(model, "generation_config", None)
+    ids = [config.bos_token_id, getattr(generation, "bos_token_id", None), config.pad_token_id, 0]
+    start = next(i for i in ids if i is not None)
+    decoder = get(model, host.decoder)
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"])[0, 0].float())
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in get(decoder, host.layers)]
+    try:
+        with torch.no_grad():
+            decoder(input_ids=torch.tensor([[start]], device=decoder.get_input_embeddings().weight.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([s.to(states[0].device) for s in states])

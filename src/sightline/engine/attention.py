@@ -1,0 +1,335 @@
+"""Grouped attention: see and edit attention at close to the price of the host's fast kernel.
+
+    A = softmax(scale * q k^T + mask)                     (B, H, Q, K), never materialised whole
+    m_g = sum_{j in g} A_j                                mass of a query on key group g
+    A'_j = f_g(m) * A_j  for j in g                       group factors (what most steering systems are)
+
+Queries that a system edits or looks at are few: all but them go through the host's own kernel, they are computed in
+chunks of bounded size. Softmax is in fp32; keys and values of grouped-query attention are never expanded.
+`naive_attention` is the readable truth that the fast paths are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 8 << 20  # fp32 scores of one chunk of rows; bounds the extra memory
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, as every host makes it."""
+
+    query: Tensor  # (B, H, Q, D)
+    key: Tensor  # (B, Hkv, K, D)
+    value: Tensor  # (B, Hkv, K, Dv)
+    mask: Tensor | None  # (B|1, H|1, Q, K) bool (True = attend) or additive float; None: `causal` rules
+    causal: bool  # with no mask: query i sees keys 0..i
+    scale: float
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a system does to one attention call. Everything counts columns as the token ledger does (N positions).
+
+    Queries [start, stop) of the block are edited, of these only the ones in `rows`. In order: `bias`, `factors`,
+    `rewrite`, `gain`.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    rows: Tensor | None = None  # (B, stop - start) bool
+    bias: Tensor | None = None  # (B|1, H|1, stop - start | 1, <= N) added to the logits
+    groups: Tensor | None = None  # (B, <= N, G) 0/1 in fp32: disjoint key groups; later columns belong to none
+    factors: Callable[[Tensor, int], Tensor] | None = None  # (masses (B, H, R, G), first row) -> factors (B, H, R, G)
+    rewrite: Callable[[Tensor, int], Tensor] | None = None  # (weights (B, H, R, K), first row) -> weights
+    gain: Tensor | None = None  # (B|1, H, stop - start | 1) factor on head outputs
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Look at the final weights of queries [start, stop): `see(weights (B, H, R, K), first row)`, chunk by chunk."""
+
+    see: Callable[[Tensor, int], None]
+    start: int = 0
+    stop: int | None = None
+
+
+def attend(
+    call: Call, plain: Callable[[], tuple[Tensor, Tensor | None]], edits: Sequence[Edit], probes: Sequence[Probe]
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with edits and probes.
+
+    Args:
+        call: the call.
+        plain: the host's own kernel; returns the output (B, Q, H, Dv) and its weights (B, H, Q, K) or None.
+        edits: applied in this order.
+        probes: see the weights after all edits.
+
+    Returns:
+        What `plain` returns, with the edited rows replaced. Rows that no edit touches are the host's, bit for bit.
+    """
+    queries = call.queries
+    touched = _union(edits, queries)
+    if touched and touched == (0, 1) == (0, queries) and all(e.rows is None for e in edits):
+        output, weights = call.query.new_empty(call.query.shape[0], 1, call.query.shape[1], call.value.shape[-1]), None
+    else:
+        output, weights = plain()
+        output = output.clone() if touched and output.requires_grad else output
+    if touched and not probes and all(_only_bias_or_gain(e) for e in edits):
+        _write(output, call, edits, touched, lambda a, b: _biased_output(call, edits, a, b))
+        return output, weights
+    whole = _union([*edits, *probes], queries)
+    for a, b in _chunks(call, whole):
+        rows = _edited_weights(call, edits, a, b)  # (B, H, R, K) fp32
+        for probe in probes:
+            lo, hi = _overlap(probe, a, b, queries)
+            if lo < hi:
+                probe.see(rows[:, :, lo - a : hi - a], lo)
+        lo, hi = (max(a, touched[0]), min(b, touched[1])) if touched else (0, 0)
+        if lo < hi:
+            new = _times_value(rows[:, :, lo - a : hi - a], call.value)
+            _put(output, new, edits, lo, hi, queries)
+            if weights is not None:
+                weights[:, :, lo:hi, : rows.shape[-1]] = rows[:, :, lo - a : hi - a].to(weights.dtype)
+    return output, weights
+
+
+def row_weights(call: Call, start: int, stop: int, bias: Tensor | None = None) -> Tensor:
+    """Softmax weights of queries [start, stop): (B, H, R, K) fp32. A row that sees no key is zero, never NaN."""
+    heads_kv = call.key.shape[1]
+    query = call.query[:, :, start:stop]
+    batch, heads, rows, dim = query.shape
+    grouped = query.reshape(batch, heads_kv, heads // heads_kv * rows, dim)
+    scores = (grouped @ call.key.transpose(-1, -2)).view(batch, heads, rows, call.keys).float() * call.scale
+    scores = _masked(call, scores if bias is None else scores + bias, start, stop)
+    if bias is None and call.mask is None:
+        return scores.softmax(-1)
+    empty = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Reference: output (B, Q, H, Dv) and the whole map (B, H, Q, K), fp32. Materialises Q x K."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1).float(), value.repeat_interleave(repeat, 1).float()
+    scores = query.float() @ key.transpose(-1, -2) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    elif causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output and the mass of EVERY query on every group, in one pass of the fast kernel.
+
+    The group indicators ride along as extra value columns (q and k are padded with zeros to keep equal head sizes), so
+    no Q x K matrix appears.
+
+    Args:
+        query: (B, H, Q, D); key: (B, Hkv, K, D); value: (B, Hkv, K, D).
+        groups: (B, K, G) 0/1, any float dtype. Groups may overlap.
+        scale, mask, causal: as in `torch.nn.functional.scaled_dot_product_attention`.
+
+    Returns:
+        Output (B, Q, H, D) and masses (B, H, Q, G), both in the dtype of `value`.
+    """
+    count, heads_kv = groups.shape[-1], key.shape[1]
+    extra = -(-count // 8) * 8  # kernels like multiples of eight
+    indicator = F.pad(groups.to(value.dtype), (0, extra - count))[:, None].expand(-1, heads_kv, -1, -1)
+    output = F.scaled_dot_product_attention(
+        F.pad(query, (0, extra)),
+        F.pad(key, (0, extra)),
+        torch.cat([value, indicator], -1),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=heads_kv != query.shape[1],
+    )
+    dim = value.shape[-1]
+    return output[..., :dim].transpose(1, 2), output[..., dim : dim + count]
+
+
+def merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, from the attention over each.
+
+    Args:
+        output1, output2: (..., D) attention outputs; lse1, lse2: (...) log-sum-exp of their scores (-inf: no key).
+
+    Returns:
+        Output (..., D) and log-sum-exp (...), fp32.
+    """
+    lse = torch.logaddexp(lse1.float(), lse2.float())
+    safe = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
+    weight1, weight2 = (lse1.float() - safe).exp(), (lse2.float() - safe).exp()
+    return weight1[..., None] * output1.float() + weight2[..., None] * output2.float(), lse
+
+
+def _edited_weights(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor:
+    weights = row_weights(call, a, b, _bias(call, edits, a, b))
+    for edit in edits:
+        lo, hi = _overlap(edit, a, b, call.queries)
+        if lo >= hi or (edit.factors is None and edit.rewrite is None):
+            continue
+        part = weights[:, :, lo - a : hi - a]
+        new = part
+        if edit.factors is not None:
+            new = apply_factors(new, edit.groups, edit.factors, lo)
+        if edit.rewrite is not None:
+            new = edit.rewrite(new, lo)
+        if edit.rows is not None:
+            new = torch.where(edit.rows[:, None, lo - edit.start : hi - edit.start, None], new, part)
+        weights = new if (lo, hi) == (a, b) else torch.cat([weights[:, :, : lo - a], new, weights[:, :, hi - a :]], 2)
+    return weights
+
+
+def apply_factors(
+    weights: Tensor, groups: Tensor, factors: Callable[[Tensor, int], Tensor], first_row: int = 0
+) -> Tensor:
+    """Multiply the keys of every group by a factor that depends on the row's group masses.
+
+    Args:
+        weights: (B, H, R, K) rows of attention; groups: (B, <= K, G) disjoint 0/1.
+        factors: (masses (B, H, R, G), first row) -> factors (B, H, R, G).
+        first_row: number of the first row, handed to `factors`.
+    """
+    member = groups[:, None].to(weights.dtype)  # (B, 1, K', G)
+    width = min(member.shape[2], weights.shape[-1])
+    member = member[:, :, :width]
+    head = weights[..., :width]
+    change = (factors(head @ member, first_row) - 1) @ member.transpose(-1, -2)  # (B, H, R, K'); 0 outside the groups
+    head = head * (1 + change)
+    return head if width == weights.shape[-1] else torch.cat([head, weights[..., width:]], -1)
+
+
+def _times_value(weights: Tensor, value: Tensor) -> Tensor:
+    """(B, H, R, K) x (B, Hkv, K, Dv) -> (B, R, H, Dv), without expanding the value heads."""
+    batch, heads, rows, keys = weights.shape
+    heads_kv = value.shape[1]
+    grouped = weights.to(value.dtype).reshape(batch, heads_kv, heads // heads_kv * rows, keys)
+    return (grouped @ value[:, :, :keys]).view(batch, heads, rows, -1).transpose(1, 2)
+
+
+def _biased_output(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor | None:
+    """Rows [a, b) under additive biases through the fast kernel; None when there is only a gain to apply."""
+    bias = _bias(call, edits, a, b)
+    if bias is None:
+        return None
+    full = _masked(call, bias, a, b)
+    output = F.scaled_dot_product_attention(
+        call.query[:, :, a:b],
+        call.key,
+        call.value,
+        attn_mask=full.to(call.query.dtype),
+        scale=call.scale,
+        enable_gqa=call.key.shape[1] != call.query.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
+def _write(output: Tensor, call: Call, edits: Sequence[Edit], span: tuple[int, int], compute) -> None:
+    for a, b in _chunks(call, span):
+        new = compute(a, b)
+        _put(output, output[:, a:b] if new is None else new, edits, a, b, call.queries)
+
+
+def _put(output: Tensor, new: Tensor, edits: Sequence[Edit], a: int, b: int, queries: int) -> None:
+    """Write rows [a, b) of the output (B, Q, H, Dv), with gains, where some edit covers them."""
+    covered = torch.zeros(output.shape[0], b - a, dtype=torch.bool, device=output.device)
+    every = False
+    for edit in edits:
+        lo, hi = _overlap(edit, a, b, queries)
+        if lo >= hi:
+            continue
+        rows = None if edit.rows is None else edit.rows[:, lo - edit.start : hi - edit.start]
+        every = every or (rows is None and (lo, hi) == (a, b))
+        covered[:, lo - a : hi - a] |= True if rows is None else rows
+        if edit.gain is not None:
+            gain = edit.gain if edit.gain.shape[-1] == 1 else edit.gain[..., lo - edit.start : hi - edit.start]
+            gain = gain.transpose(1, 2)[..., None].to(new.dtype)  # (B|1, R|1, H, 1)
+            part = new[:, lo - a : hi - a] * gain
+            part = part if rows is None else torch.where(rows[:, :, None, None], part, new[:, lo - a : hi - a])
+            new = torch.cat([new[:, : lo - a], part, new[:, hi - a :]], 1)
+    output[:, a:b] = new if every else torch.where(covered[:, :, None, None], new, output[:, a:b])
+
+
+def _masked(call: Call, scores: Tensor, start: int, stop: int) -> Tensor:
+    """Scores (..., R, K) of queries [start, stop), -inf where they may not look (additive masks are added)."""
+    if call.mask is not None:
+        mask = call.mask[:, :, start:stop, : call.keys] if call.mask.shape[2] > 1 else call.mask[..., : call.keys]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, -torch.inf)
+        return (scores + mask).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    if call.causal:
+        order = torch.arange(call.keys, device=scores.device)
+        return scores.masked_fill(order > order[start:stop, None], -torch.inf)
+    return scores
+
+
+def _bias(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor | None:
+    """The sum of the edits' additive biases on rows [a, b), fp32 (B|1, H|1, R, <= K); None: there is none."""
+    total = None
+    for edit in edits:
+        lo, hi = _overlap(edit, a, b, call.queries)
+        if edit.bias is None or lo >= hi:
+            continue
+        bias = edit.bias.float()[..., : call.keys]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, lo - edit.start : hi - edit.start]
+        bias = F.pad(bias.expand(-1, -1, hi - lo, -1), (0, call.keys - bias.shape[-1], lo - a, b - hi))
+        if edit.rows is not None:
+            rows = F.pad(edit.rows[:, lo - edit.start : hi - edit.start], (lo - a, b - hi))
+            bias = bias * rows[:, None, :, None]
+        total = bias if total is None else total + bias
+    return total
+
+
+def _only_bias_or_gain(edit: Edit) -> bool:
+    return edit.factors is None and edit.rewrite is None
+
+
+def _overlap(span: Edit | Probe, a: int, b: int, queries: int) -> tuple[int, int]:
+    return max(span.start, a), min(queries if span.stop is None else span.stop, b)
+
+
+def _union(spans: Sequence[Edit | Probe], queries: int) -> tuple[int, int] | None:
+    """The smallest range of queries that holds every span; None when there is nothing to do."""
+    ends = [_overlap(s, 0, queries, queries) for s in spans]
+    ends = [(lo, hi) for lo, hi in ends if lo < hi]
+    return (min(lo for lo, _ in ends), max(hi for _, hi in ends)) if ends else None
+
+
+def _chunks(call: Call, span: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+    if span is None:
+        return
+    batch, heads = call.query.shape[:2]
+    step = max(1, CHUNK_BYTES // (4 * batch * heads * call.keys))
+    for a in range(span[0], span[1], step):
+        yield a, min(a + step, span[1])

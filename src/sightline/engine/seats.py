@@ -1,0 +1,191 @@
+"""A seat beside every attention module: where the host's attention call meets the systems.
+
+transformers' models fetch their attention function by name; ours is registered under two names that begin like the host's
+own ("sdpa" or "eager") so that masks are made in the same form, and finds its seat as an attribute of the module.
+timm calls torch's SDPA directly; there a `TorchFunctionMode` around the module's forward stands in.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sightline.engine.attention import Call, Edit, Probe, attend
+from sightline.errors import HostError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sightline.engine.attach import Attachment
+
+# Never a name with "flash" in it: transformers would then send packed sequences and other masks.
+NAMES = {"sdpa": "sightline", "eager": "sightline_eager"}
+SEAT = "_sightline"
+
+
+@dataclass
+class Seat:
+    """The engine's place at one attention module."""
+
+    attachment: Attachment
+    tower: str
+    layer: int
+    layers: int
+    plain: str  # "sdpa", "eager" or "fused": the host's own kernel
+
+    def take(self, module: nn.Module, undo: ExitStack) -> None:
+        """Sit down beside `module`; `undo` gets up again."""
+        module.__dict__[SEAT] = self
+        undo.callback(module.__dict__.pop, SEAT, None)
+        if self.plain == "fused":
+            _intercept(module, self, undo)
+
+    def run(self, call: Call, plain: Any) -> tuple[Tensor, Tensor | None]:
+        """The call under all systems; the host's own kernel when none wants anything of this layer."""
+        if self.tower == "text" and self.attachment.sequences.current is None:
+            return plain()
+        wishes = self.attachment.call("attention" if self.tower == "text" else "vision_attention",
+                                      self.tower, self.layer, self.layers, call.query.shape[1])  # fmt: skip
+        if not wishes:
+            return plain()
+        wishes = [w for wish in wishes for w in (wish if isinstance(wish, (list, tuple)) else [wish])]
+        edits = [_on_keys(w, self._dropped(call)) for w in wishes if isinstance(w, Edit)]
+        return attend(call, plain, edits, [w for w in wishes if isinstance(w, Probe)])
+
+    def _dropped(self, call: Call) -> int:
+        """Columns of the ledger that a sliding-window cache has already dropped from the front."""
+        sequence = self.attachment.sequences.current
+        return 0 if self.tower == "vision" else max(0, sequence.tokens.shape[1] - call.keys)
+
+
+def _on_keys(edit: Edit, dropped: int) -> Edit:
+    """The edit with its ledger columns moved onto the keys that are still there."""
+    if dropped == 0:
+        return edit
+    from dataclasses import replace
+
+    groups = None if edit.groups is None else edit.groups[:, dropped:]
+    bias = None if edit.bias is None else edit.bias[..., dropped:]
+    return replace(edit, groups=groups, bias=bias)
+
+
+def switch_attention(model: nn.Module, root: nn.Module, modules: list[nn.Module], undo: ExitStack) -> dict[int, str]:
+    """Point the configs of these attention modules to our function; returns {id(module): the host's own kernel}.
+
+    Raises:
+        HostError: an attention implementation that shows no attention (flash, flex, ...), or code that does not go
+            through transformers' attention interface.
+    """
+    _register()
+    configs = {id(c): c for c in [getattr(root, "config", None), *(getattr(m, "config", None) for m in modules)] if c is not None}
+    for module in modules:
+        if getattr(module, "config", None) is None:
+            raise HostError(f"{type(module).__name__} keeps no config: it does not use transformers' attention interface")
+    own = {}
+    for key, config in configs.items():
+        name = config._attn_implementation or "eager"
+        if name not in NAMES:
+            raise HostError(
+                f"attention implementation {name!r} cannot be seen or edited: load the model with "
+                f"attn_implementation='sdpa' (just as fast here) or call model.set_attn_implementation('sdpa')"
+            )
+        own[key] = name
+        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+        config._attn_implementation_internal = NAMES[name]
+    return {id(m): own[id(m.config)] for m in modules}
+
+
+def _register() -> None:
+    """Make our names known to transformers (process-wide, idempotent; harmless to models that do not use them)."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    for name, mask in (("sightline", sdpa_mask), ("sightline_eager", eager_mask)):
+        AttentionInterface.register(name, attention_function)
+        AttentionMaskInterface.register(name, mask)  # without this, create_causal_mask silently returns None
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls: query (B, H, Q, D), key and value (B, Hkv, K, D) -> output (B, Q, H, D), weights."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seat: Seat | None = module.__dict__.get(SEAT)
+    inner = sdpa_attention_forward
+    if seat is not None and seat.plain == "eager":
+        inner = sys.modules[type(module).__module__].eager_attention_forward
+    if is_causal is not None:
+        kwargs["is_causal"] = is_causal
+
+    def plain() -> tuple[Tensor, Tensor | None]:
+        return inner(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    if seat is None:
+        return plain()
+    unusual = [k for k in ("softcap", "position_bias", "s_aux") if kwargs.get(k) is not None]
+    if unusual:
+        raise HostError(f"{type(module).__name__} uses {', '.join(unusual)} in its attention, which sightline cannot edit")
+    if dropout > 0:
+        raise HostError(f"attention dropout is {dropout}: call model.eval(), or set attention_dropout to 0, before attaching")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(attention_mask is None and query.shape[2] > 1 and causal)
+    if causal and key.shape[2] > query.shape[2]:  # prefill into a static cache: the rest is still empty
+        key_now, value_now = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    else:
+        key_now, value_now = key, value
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return seat.run(Call(query, key_now, value_now, attention_mask, causal, scale), plain)
+
+
+def _intercept(module: nn.Module, seat: Seat, undo: ExitStack) -> None:
+    """Stand in for `F.scaled_dot_product_attention` while `module` runs (timm's fused attention)."""
+    if getattr(module, "fused_attn", True) is False:
+        raise HostError(f"{type(module).__name__}.fused_attn is False: set it to True (TIMM_FUSED_ATTN=1) before attaching")
+    modes: list[TorchFunctionMode] = []
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        modes.append(_SDPA(seat))
+        modes[-1].__enter__()
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    undo.callback(module.register_forward_pre_hook(enter).remove)
+    undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+class _SDPA(TorchFunctionMode):
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self.seat = seat
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = args[:3]
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+
+        def plain() -> tuple[Tensor, None]:
+            return func(*args, **kwargs).transpose(1, 2), None
+
+        call = Call(query, key, value, kwargs.get("attn_mask"), bool(kwargs.get("is_causal")), scale)
+        with torch._C.DisableTorchFunction():
+            output, _ = self.seat.run(call, plain)
+        return output.transpose(1, 2)

@@ -1,0 +1,153 @@
+"""Which sequence a forward belongs to, and its ledger.
+
+State belongs to a cache: classifier-free guidance and contrastive decoding run two sequences in turn on one model, each
+with its own cache. The sequence is kept as an attribute of the cache object, so it lives, is copied and dies with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sightline.engine.tokens import Role, Tokens
+from sightline.errors import AttachError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sightline.engine.attach import Attachment
+
+KEY = "_sightline"
+
+
+@dataclass
+class Sequence:
+    """One batch of sequences on its way through the model."""
+
+    tokens: Tokens
+    states: list[dict[Any, Any]]  # per system
+    owner: Attachment
+    queries: int = 0  # of the block now running
+    prefill: bool = True
+    step: int = -1
+    prompt: Tensor | None = field(default=None, repr=False)  # (B, N) ids of the prompt, only kept without a cache
+
+    def __deepcopy__(self, memo: dict) -> Sequence:  # a copied cache continues on its own, on the same attachment
+        states = [dict(s) for s in self.states]
+        return Sequence(self.tokens, states, self.owner, self.queries, self.prefill, self.step, self.prompt)
+
+
+class Sequences:
+    """The sequences of one attachment."""
+
+    def __init__(self, owner: Attachment, image_token: int | None) -> None:
+        self.owner = owner
+        self.image_token = -1 if image_token is None else image_token
+        self.current: Sequence | None = None
+        self._uncached: Sequence | None = None
+
+    def begin(self, given: dict[str, Any]) -> None:
+        """A forward of the top model starts: find or make its sequence and bring the ledger up to date."""
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        known = getattr(cache, KEY, None)
+        past = _past(cache, known, ids)
+        if ids is None:
+            if past == 0 or known is None:
+                raise AttachError("a prompt came as inputs_embeds: give input_ids, so that image tokens can be told from text")
+            ids = given["inputs_embeds"].new_full(given["inputs_embeds"].shape[:2], -2, dtype=torch.long)
+        if past == 0:
+            sequence = self._start(given, ids, mask, cache)
+        else:
+            sequence = self._continue(known, ids, mask, past)
+        sequence.queries = ids.shape[1]
+        sequence.step += 1
+        if cache is not None:
+            setattr(cache, KEY, sequence)
+        self.current = sequence
+
+    def finish(self, output: Any) -> Sequence | None:
+        """The forward is over: the cache it made carries the sequence from now on."""
+        sequence = self.current
+        cache = getattr(output, "past_key_values", None)
+        if sequence is not None and cache is not None:
+            setattr(cache, KEY, sequence)
+        self.current = None
+        return sequence
+
+    def _start(self, given: dict[str, Any], ids: Tensor, mask: Tensor | None, cache: Any) -> Sequence:
+        counts = _visual_counts(given, ids, self.image_token)
+        uncached = cache is None and given.get("use_cache") is False
+        old = self._uncached if uncached else None
+        if old is not None and _repeats(old.prompt, ids):  # generation without cache: the prompt and what came after it
+            tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts)
+            old.tokens = tokens
+            return old
+        tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts)
+        states = self.owner.vision_states
+        self.owner.vision_states = [{} for _ in states]
+        sequence = Sequence(tokens, states, self.owner, prompt=ids if uncached else None)
+        self._uncached = sequence if uncached else None
+        return sequence
+
+    def _continue(self, known: Sequence | None, ids: Tensor, mask: Tensor | None, past: int) -> Sequence:
+        if known is None:
+            warnings.warn(
+                "a cache filled before the systems were attached: its positions count as text before any image",
+                stacklevel=2,
+            )
+            role = ids.new_full((ids.shape[0], past), int(Role.BEFORE), dtype=torch.int8)
+            if mask is not None:
+                role[~mask[:, :past].bool()] = int(Role.PAD)
+            none = torch.full_like(role, -1)
+            place = torch.arange(past, device=ids.device, dtype=torch.int32).expand_as(role)
+            tokens = Tokens(role, none.to(torch.int16), none.to(torch.int32), place)
+            known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner)
+        elif known.owner is not self.owner:  # the ledger is still true; what another attachment's systems knew is not
+            known = Sequence(known.tokens, [{} for _ in self.owner.systems], self.owner)
+        tokens = known.tokens if known.tokens.shape[1] == past else known.tokens.crop(past)
+        if tokens.shape[0] != ids.shape[0]:
+            raise AttachError(f"the cache holds {tokens.shape[0]} rows, the new block {ids.shape[0]}: expand the prompt instead")
+        known.prefill = ids.shape[1] > 1
+        if known.prefill:
+            chunk = None if mask is None else mask[:, -ids.shape[1] :]
+            known.tokens = tokens.extend(Tokens.from_ids(ids, self.image_token, chunk))
+        else:
+            known.tokens = tokens.generated()
+        return known
+
+
+def _past(cache: Any, known: Sequence | None, ids: Tensor | None) -> int:
+    """Tokens already in the cache. A static cache counts on the device: ask it only when the ledger cannot know."""
+    if cache is None:
+        return 0
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor):
+        decoding = known is not None and ids is not None and ids.shape[1] == 1
+        return known.tokens.shape[1] if decoding else int(length)
+    return length
+
+
+def _fit(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    return None if mask is None else mask[:, -ids.shape[1] :]
+
+
+def _repeats(prompt: Tensor | None, ids: Tensor) -> bool:
+    """Whether `ids` is the same prompt with generated tokens behind it."""
+    if prompt is None or ids.shape[0] != prompt.shape[0] or ids.shape[1] <= prompt.shape[1]:
+        return False
+    return bool(torch.equal(ids[:, : prompt.shape[1]], prompt))
+
+
+def _visual_counts(given: dict[str, Any], ids: Tensor, image_token: int) -> list[int] | None:
+    """Visual tokens of every image when the model was given encoded images and the counts fit; None otherwise."""
+    encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+    features = getattr(encoded, "pooler_output", None)
+    if not isinstance(features, (list, tuple)):
+        return None
+    counts = [len(f) for f in features]
+    return counts if sum(counts) == int((ids == image_token).sum()) else None

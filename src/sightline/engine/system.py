@@ -1,0 +1,99 @@
+"""What a system is to the engine: a configuration with methods for the stations it needs.
+
+The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> decoder layers (hidden, attention)
+-> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
+Systems never see the host: everything they may know is on the site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from sightline.engine.attention import Edit, Probe
+    from sightline.engine.tokens import Tokens
+
+STATIONS = ("pixels", "vision_attention", "visual_tokens", "hidden", "attention", "cache", "logits")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Plain facts about the model that a system may need to prepare itself."""
+
+    model_type: str  # of the language model's configuration, e.g. "llama"
+    layers: int
+    heads: int
+    heads_kv: int
+    hidden_size: int
+    first_states: Callable[[], Tensor]  # () -> (L, D) fp32: state of the first token entering every layer (runs the model)
+
+
+@dataclass
+class Site:
+    """Where the model stands when a station is called."""
+
+    tower: str  # "text" or "vision"
+    layer: int  # of its tower; -1 outside the layers
+    layers: int  # how many there are
+    heads: int
+    tokens: Tokens | None  # the ledger up to and including this block; None in the vision tower
+    start: int  # column of the block's first query; the block's queries are columns start..N-1
+    queries: int  # Q of this block
+    prefill: bool  # the block is (part of) a prompt, not a generated token
+    step: int  # forwards of this sequence so far: 0 at the first
+    state: dict[Any, Any] = field(default_factory=dict)  # the system's own memory of this sequence
+    setup: Any = None  # what the system's `prepare` returned
+    tally: dict[Any, Any] = field(default_factory=dict)  # the system's memory of everything since entry, for `report`
+
+
+class System:
+    """Base of all systems. Override the stations you need; return None to leave things as they are."""
+
+    slug = ""
+
+    def conflicts(self, other: System) -> str | None:
+        """Why this system cannot run together with `other`; None when it can."""
+        if type(self) is type(other):
+            return "both would do the same edit twice"
+        return None
+
+    def prepare(self, shape: Shape) -> Any:
+        """Called once on entry, before anything is changed. What it returns is `site.setup`. May raise ParameterError."""
+
+    def idle(self) -> bool:
+        """True when the parameters make this system change nothing (strength 0): the engine then leaves the host alone."""
+        return False
+
+    def pixels(self, site: Site, pixel_values: Tensor) -> Tensor | None:
+        """Input of the vision tower, shape as the host makes it."""
+
+    def vision_attention(self, site: Site) -> Edit | Probe | None:
+        """An attention call of the vision tower."""
+
+    def visual_tokens(self, site: Site, embeddings: Tensor) -> Tensor | None:
+        """(B, Q, D) input embeddings of the decoder, visual tokens in place (`site.tokens.visual` says where)."""
+
+    def hidden(self, site: Site, hidden: Tensor) -> Tensor | None:
+        """(B, Q, D) input of decoder layer `site.layer`, before its norm."""
+
+    def attention(self, site: Site) -> Edit | Probe | None:
+        """The self-attention call of decoder layer `site.layer`."""
+
+    def cache(self, site: Site, cache: Any) -> None:
+        """The key-value cache after a forward; edit its layers' `.keys` and `.values` in place."""
+
+    def logits(self, site: Site, logits: Tensor) -> Tensor | None:
+        """(B, V) scores of the next token."""
+
+    def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
+        """What the system did since entry, as plain numbers, from what it kept in `site.tally`."""
+        return {}
+
+    def stations(self) -> tuple[str, ...]:
+        """The stations that this class overrides."""
+        return tuple(s for s in STATIONS if getattr(type(self), s) is not getattr(System, s))

@@ -1,0 +1,227 @@
+"""The token ledger: what every position of every row is, kept true while the model runs.
+
+A position is padding, the start token, text before or after the first image, an image token, or generated. The ledger is
+made from the ids of the (already expanded) batch, so beams and `num_return_sequences` need nothing special: a reordered
+cache only permutes rows of the same prompt, whose ledgers are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from sightline.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from sightline.hosts.geometry import Layout
+
+
+class Role(IntEnum):
+    """What a position is."""
+
+    PAD = 0
+    START = 1  # the first real token of a row: BOS, or whatever the template begins with
+    BEFORE = 2  # text before the first image (all text, when the row has no image)
+    IMAGE = 3
+    AFTER = 4  # text after the first image
+    GENERATED = 5
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ledger of one batch of sequences. B rows, N positions (all the keys seen so far)."""
+
+    role: Tensor  # (B, N) int8, values of Role
+    image: Tensor  # (B, N) int16: which image of its row; -1 elsewhere
+    index: Tensor  # (B, N) int32: place among the visual tokens of its image; -1 elsewhere
+    position: Tensor  # (B, N) int32: column in the original, unpruned sequence
+    layouts: tuple[tuple[Layout, ...], ...] | None = None  # per row, per image
+
+    @classmethod
+    def from_ids(
+        cls,
+        ids: Tensor,
+        image_token: int,
+        mask: Tensor | None = None,
+        *,
+        prompt: int | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tokens:
+        """The ledger of a prompt.
+
+        Args:
+            ids: (B, N) token ids, image placeholders already expanded to one per visual token.
+            image_token: id of the placeholder.
+            mask: (B, N) 1 where real, 0 where padding (left, right or with holes); None: no padding.
+            prompt: positions from here on were generated (a forward without cache repeats them); None: none were.
+            counts: visual tokens of every image of the batch in order (row by row). Without it, every unbroken run of
+                placeholders is taken as one image.
+        """
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+        visual = (ids == image_token) & real  # (B, N)
+        if prompt is not None:
+            visual[:, prompt:] = False
+        first = torch.zeros_like(real)
+        first.scatter_(1, real.int().argmax(1, keepdim=True), True)
+        after = visual.int().cumsum(1) > 0
+        role = torch.where(after, int(Role.AFTER), int(Role.BEFORE)).to(torch.int8)
+        role[visual] = int(Role.IMAGE)
+        role[first & ~visual] = int(Role.START)
+        if prompt is not None:
+            role[:, prompt:] = int(Role.GENERATED)
+        role[~real] = int(Role.PAD)
+        image, index = _number_images(visual, counts)
+        position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32).expand_as(ids)
+        return cls(role, image, index, position)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N)"""
+        return tuple(self.role.shape)
+
+    def where(self, *roles: Role) -> Tensor:
+        """(B, N) bool: positions that have one of the roles."""
+        found = self.role == int(roles[0])
+        for role in roles[1:]:
+            found = found | (self.role == int(role))
+        return found
+
+    @cached_property
+    def visual(self) -> Tensor:
+        """(B, N) bool: image positions."""
+        return self.where(Role.IMAGE)
+
+    @cached_property
+    def has_image(self) -> bool:
+        """Whether any row has an image (one host-device sync, made once per prompt)."""
+        return bool(self.visual.any())
+
+    @cached_property
+    def first_after(self) -> int:
+        """The smallest column, over rows, of text after an image; N when there is none (one sync, once per prompt)."""
+        columns = self.where(Role.AFTER, Role.GENERATED).any(0)
+        return int(columns.int().argmax()) if bool(columns.any()) else self.role.shape[1]
+
+    def extend(self, other: Tokens) -> Tokens:
+        """The ledger with the positions of `other` (a later chunk of the same rows) behind it."""
+        image = torch.where(other.image >= 0, other.image + self.image.amax(1, keepdim=True) + 1, other.image)
+        role = other.role
+        if self.has_image:  # text of the new chunk comes after an image already seen
+            seen = self.visual.any(1, keepdim=True)
+            moved = (role == int(Role.BEFORE)) | (role == int(Role.START))
+            role = torch.where(moved & seen, int(Role.AFTER), role)
+        role = torch.where(role == int(Role.START), int(Role.BEFORE), role).to(torch.int8)
+        return self._appended(role, image.to(torch.int16), other.index)
+
+    def generated(self, count: int = 1) -> Tokens:
+        """The ledger with `count` generated positions behind it. No host-device sync."""
+        rows = self.role.shape[0]
+        none = self.role.new_full((rows, count), -1)
+        role = self.role.new_full((rows, count), int(Role.GENERATED))
+        grown = self._appended(role, none.to(torch.int16), none.to(torch.int32))
+        for name in ("has_image", "first_after"):  # a generated token changes neither: keep what is known, sync-free
+            if name in self.__dict__:
+                known = self.__dict__[name]
+                grown.__dict__[name] = known if name == "has_image" or known < self.role.shape[1] else self.role.shape[1]
+        return grown
+
+    def crop(self, length: int) -> Tokens:
+        """The ledger of the first `length` positions (a cache was cropped)."""
+        return replace(
+            self,
+            role=self.role[:, :length],
+            image=self.image[:, :length],
+            index=self.index[:, :length],
+            position=self.position[:, :length],
+        )
+
+    def select(self, keep: Tensor) -> Tokens:
+        """The ledger after pruning.
+
+        Args:
+            keep: (B, M) columns to keep, increasing in every row; -1 fills rows that keep fewer and becomes padding.
+        """
+        if keep.dim() != 2 or keep.shape[0] != self.role.shape[0]:
+            raise InputError(f"keep has shape {tuple(keep.shape)}: (B, M) with B = {self.role.shape[0]} rows is needed")
+        columns, gone = keep.clamp(min=0).long(), keep < 0
+        role = self.role.gather(1, columns).masked_fill(gone, int(Role.PAD))
+        image = self.image.gather(1, columns).masked_fill(gone, -1)
+        index = self.index.gather(1, columns).masked_fill(gone, -1)
+        position = self.position.gather(1, columns).masked_fill(gone, -1)
+        return replace(self, role=role, image=image, index=index, position=position)
+
+    def rows(self, order: Tensor) -> Tokens:
+        """The ledger of the rows `order` (B',), for batches that are reordered across prompts or expanded."""
+        picked = {name: getattr(self, name)[order] for name in ("role", "image", "index", "position")}
+        layouts = None if self.layouts is None else tuple(self.layouts[int(r)] for r in order)
+        return replace(self, **picked, layouts=layouts)
+
+    def with_layouts(self, layouts: Sequence[Sequence[Layout]]) -> Tokens:
+        """The ledger that also knows where every visual token lies.
+
+        Raises:
+            InputError: a layout has another number of tokens than its image has placeholders.
+        """
+        layouts = tuple(tuple(row) for row in layouts)
+        for b, row in enumerate(layouts):
+            for k, layout in enumerate(row):
+                found = int((self.image[b] == k).sum())
+                if found != len(layout):
+                    raise InputError(f"row {b}, image {k}: the layout has {len(layout)} tokens, the prompt has {found}")
+        return replace(self, layouts=layouts)
+
+    def cells(self, row: int, image: int = 0) -> Tensor:
+        """(n, 3) crop, row, column in the grid of every visual token still there of an image; -1 for separators."""
+        if self.layouts is None:
+            raise InputError("this ledger has no layouts: make it with `tokens.with_layouts(...)`")
+        layout = self.layouts[row][image]
+        table = torch.cat([torch.as_tensor(layout.crop)[:, None], torch.as_tensor(layout.cell)], 1)
+        return table[self.index[row][self.image[row] == image].long().cpu()]
+
+    def _appended(self, role: Tensor, image: Tensor, index: Tensor) -> Tokens:
+        start = self.role.shape[1]
+        position = torch.arange(start, start + role.shape[1], device=role.device, dtype=torch.int32).expand_as(role)
+        return Tokens(
+            torch.cat([self.role, role], 1),
+            torch.cat([self.image, image], 1),
+            torch.cat([self.index, index], 1),
+            torch.cat([self.position, position], 1),
+            self.layouts,
+        )
+
+
+def _number_images(visual: Tensor, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Image number within its row, and place within its image, of every visual token; -1 elsewhere. (B, N) each."""
+    order = visual.int().cumsum(1) - 1  # (B, N) place among the visual tokens of the row
+    if counts is None:
+        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        image = starts.int().cumsum(1) - 1
+    else:
+        image = _split_by_counts(visual, counts)
+    image = image.masked_fill(~visual, -1)
+    begin = torch.where(visual, order, order.shape[1])  # first place of every image in its row, then the difference
+    slots = int(image.max()) + 1 if image.numel() else 0
+    first = begin.new_full((visual.shape[0], max(slots, 1)), visual.shape[1])
+    first = first.scatter_reduce(1, image.clamp(min=0).long(), begin, reduce="amin")
+    index = (order - first.gather(1, image.clamp(min=0).long())).masked_fill(~visual, -1)
+    return image.to(torch.int16), index.to(torch.int32)
+
+
+def _split_by_counts(visual: Tensor, counts: Sequence[int]) -> Tensor:
+    """Image numbers when the visual tokens of the batch, read row by row, belong to images of `counts` tokens."""
+    total = int(visual.sum())
+    if sum(counts) != total:
+        raise InputError(f"the images have {sum(counts)} visual tokens, the prompt has {total} placeholders")
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.as_tensor(list(counts))).to(visual.device)
+    image = torch.full(visual.shape, -1, device=visual.device, dtype=torch.long)
+    image[visual] = owner
+    first = torch.where(visual, image, len(counts)).amin(1, keepdim=True)  # the first image of every row
+    return image - first

@@ -10,8 +10,9 @@ learns priors and can be caught when it answers from them.
 
 from __future__ import annotations
 
+from sightline.scenes import export
 from sightline.scenes.asking import Question, questions
-from sightline.scenes.captions import caption
+from sightline.scenes.captions import PROMPTS, caption
 from sightline.scenes.contexts import CONTEXTS, Context
 from sightline.scenes.drawing import draw
 from sightline.scenes.kinds import COLOURS, KINDS, Kind
@@ -23,6 +24,6 @@ from sightline.scenes.sheet import contact_sheet
 from sightline.scenes.splits import seeds
 
 __all__ = [
-    "COLOURS", "CONTEXTS", "KINDS", "Context", "Kind", "Object", "Question", "Scene", "caption", "contact_sheet",
-    "draw", "mentions", "pope", "questions", "seeds", "words",
+    "COLOURS", "CONTEXTS", "KINDS", "PROMPTS", "Context", "Kind", "Object", "Question", "Scene", "caption", "contact_sheet",
+    "draw", "export", "mentions", "pope", "questions", "seeds", "words",
 ]  # fmt: skip

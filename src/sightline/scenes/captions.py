@@ -8,7 +8,9 @@ from sightline.errors import UnknownNameError, nearest
 from sightline.scenes.naming import counted, listing, place_of, sentence, with_article
 from sightline.scenes.scene import Object, Scene
 
-STYLES = ("short", "detailed")
+# What a person asks to get each style of caption.
+PROMPTS = {"short": "Describe the image.", "detailed": "Please describe this image in detail."}
+STYLES = tuple(PROMPTS)
 PREPOSITION = dict.fromkeys(("street", "desk", "beach", "farm"), "on")  # "in" everywhere else
 
 

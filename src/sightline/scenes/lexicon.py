@@ -10,7 +10,7 @@ from sightline.scenes.naming import NUMBERS, PLACES, synonyms
 
 _TEXT = """
 an empty with a picture of in the this is shows there at on small large and
-Is there in the image? What colour is the mark on? How many are there? Where is this?
+Describe the image. Please describe this image in detail. Is there in the image? What colour is the mark on? How many are there? Where is this?
 left of right of above below left or right of above or below isn't it? isn't there? yes no
 """
 

@@ -59,6 +59,15 @@ class Scene:
             result[thing.kind] = result.get(thing.kind, 0) + 1
         return result
 
+    def truth(self) -> dict:
+        """Everything but the pixels as plain JSON values."""
+        things = [
+            {"kind": o.kind, "colour": o.colour, "size": o.size, "box": list(o.box), "area": o.area}
+            | ({"mark": o.mark, "mark_box": list(o.mark_box)} if o.mark else {})
+            for o in self.objects
+        ]
+        return {"seed": self.seed, "context": self.context, "size": self.size, "objects": things}
+
     def relations(self) -> list[tuple[int, str, int]]:
         """(i, "left of" | "right of" | "above" | "below", j) wherever the two boxes make it unambiguous."""
         return [

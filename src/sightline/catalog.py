@@ -155,6 +155,20 @@ def build(slug: str, settings: dict[str, Any]) -> Any:
     return found.cls(**{k: _convert(slug, k, v, hints[k]) if isinstance(v, str) else v for k, v in settings.items()})
 
 
+def to_spec(systems: typing.Iterable[Any]) -> str:
+    """The command-line form of systems, with the parameters that differ from their defaults; "none" for no system."""
+    parts = []
+    for instance in systems:
+        changed = []
+        for f in dataclasses.fields(instance):
+            value = getattr(instance, f.name)
+            if value != f.default:
+                text = "/".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
+                changed.append(f"{f.name}={text.lower() if isinstance(value, bool) else text}")
+        parts.append(instance.slug + (":" + ",".join(changed) if changed else ""))
+    return "+".join(parts) or "none"
+
+
 def to_dict(instance: Any) -> dict[str, Any]:
     """The JSON-able configuration of a system: {"system": slug, **parameters}."""
     return {"system": instance.slug, **dataclasses.asdict(instance)}

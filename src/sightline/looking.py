@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from sightline.errors import ParameterError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.console import Console
 
+    from sightline.engine.system import System
     from sightline.hosts.geometry import Layout
+    from sightline.loading import LVLM
+
+DEFAULT_QUESTION = "What is in this picture?"
 
 
 @dataclass(frozen=True)
@@ -53,3 +65,181 @@ class Look:
     runs: tuple[Run, ...]
     settings: dict[str, Any]  # versions, device, dtype, seed, max_new_tokens, parameters
     warnings: tuple[str, ...] = ()  # plain lines, e.g. that the bundled model knows only the generated world
+
+    def save(self, out: str | Path) -> dict[str, Path]:
+        """Write report.html, PNGs and look.json into the folder `out`; returns their paths."""
+        from sightline import report
+
+        return report.save(self, Path(out))
+
+    def to_json(self) -> dict[str, Any]:
+        """Answers, regions per word, sinks and heads as JSON-able values."""
+        from sightline import report
+
+        return report.to_json(self)
+
+    def show(self, console: Console) -> None:
+        """Print the answers and what was seen."""
+        from sightline import report
+
+        report.show(self, console)
+
+
+def look(
+    image: Any = None,
+    question: str | None = None,
+    *,
+    model: Any = "tiny",
+    systems: Sequence[System] = (),
+    max_new_tokens: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    **loading: Any,
+) -> Look:
+    """Ask a model about a picture, without and with systems, and keep what it looked at.
+
+    Args:
+        image: path, PIL image or array; None: the bundled example.
+        question: what to ask; None: the example's question (only with the example), else "What is in this picture?".
+        model: "tiny" (bundled), a Hub id, a folder, or a loaded `LVLM`.
+        systems: instances such as `sl.steer.VAR()`; none: only the plain answer.
+        max_new_tokens: length limit of the answer; decoding is greedy.
+        device, dtype, loading: see `sightline.load`.
+        seed: for anything random in the systems.
+
+    Raises:
+        InputError, ModelError, ParameterError: before any work is done.
+    """
+    from sightline.images import open_image
+    from sightline.loading import LVLM, load
+
+    if not 1 <= max_new_tokens <= 4096:
+        raise ParameterError(f"max_new_tokens={max_new_tokens} is out of range: choose it in [1, 4096]")
+    if image is None:
+        image, example_question = example()
+        question = question or example_question
+    question = question or DEFAULT_QUESTION
+    picture = open_image(image)
+    lvlm = model if isinstance(model, LVLM) else load(model, device=device, dtype=dtype, **loading)
+    inputs = lvlm.inputs(picture, question)
+    layout = lvlm.host.layouts(lvlm.processor, inputs, [picture.size])[0]
+    torch.manual_seed(seed)
+    runs = [_run(lvlm, inputs, (), max_new_tokens)]
+    if systems:
+        torch.manual_seed(seed)
+        runs.append(_run(lvlm, inputs, tuple(systems), max_new_tokens))
+    return Look(picture, question, lvlm.name, layout, tuple(runs), _settings(lvlm, systems, max_new_tokens, seed),
+                _warnings(lvlm, picture, runs))  # fmt: skip
+
+
+def example() -> tuple[Path, str]:
+    """The bundled example: path of its picture, and its question."""
+    folder = Path(__file__).parent / "examples"
+    card = json.loads((folder / "example.json").read_text(encoding="utf-8"))
+    return folder / card["image"], card["question"]
+
+
+def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: int) -> Run:
+    from sightline.catalog import to_spec
+    from sightline.engine.attach import attach
+    from sightline.engine.record import GROUPS, record
+
+    var = next((s for s in systems if s.slug == "var"), None)
+    recorder = record(image_rows=True, tau=getattr(var, "tau", None), sink_dims=getattr(var, "sink_dims", None))
+    begin = time.perf_counter()
+    with attach(lvlm.model, *systems, recorder, host=lvlm.host) as attached, torch.no_grad():
+        made = lvlm.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    seconds = time.perf_counter() - begin
+    seen = recorder.seen
+    ids = made.sequences[0, -len(made.logits) :]
+    ends = set(_as_list(lvlm.model.generation_config.eos_token_id))
+    count = next((t for t, i in enumerate(ids.tolist()) if i in ends), len(ids))
+    tokenizer = lvlm.processor.tokenizer
+    pieces = _pieces(tokenizer, ids[:count].tolist())
+    chosen = [made.logits[t][0].float().softmax(-1)[ids[t]] for t in range(count)]
+    columns = seen.columns[0]
+    phi = torch.stack([seen.phi[layer][0] for layer in sorted(seen.phi)]).cpu()  # (L, N)
+    tau = recorder.setup["tau"]
+    prompt_ids = inputs["input_ids"][0].tolist()
+    visual = phi[:, columns.cpu()] if len(columns) else phi[:, :0]
+    outside = (phi > tau) & ~seen.tokens.visual[0].cpu()
+    return Run(
+        label=to_spec(systems),
+        answer="".join(pieces).strip(),
+        pieces=tuple(pieces),
+        words=_words(pieces),
+        probability=np.array([float(p) for p in chosen], np.float32),
+        rows=seen.rows[:count, :, 0].numpy(),
+        masses=seen.masses[:count, :, 0].numpy(),
+        groups=GROUPS,
+        phi=visual.numpy(),
+        tau=float(tau),
+        sinks=tuple(np.flatnonzero(layer > tau) for layer in visual.numpy()),
+        text_sinks=tuple(
+            tuple((int(n), tokenizer.decode([prompt_ids[n]])) for n in row.nonzero().flatten()) for row in outside
+        ),
+        seconds=seconds,
+        notes=attached.report(),
+    )
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that every token adds to the answer (tokens that only finish a character add nothing before it)."""
+    texts = [tokenizer.decode(ids[:t], skip_special_tokens=True) for t in range(len(ids) + 1)]
+    whole = [t.rstrip("\ufffd") for t in texts]
+    return [whole[t + 1][len(whole[t]) :] for t in range(len(ids))]
+
+
+def _words(pieces: Sequence[str]) -> tuple[Word, ...]:
+    """Group generated tokens into words: a token whose text begins with a space begins a new word."""
+    words: list[Word] = []
+    for t, piece in enumerate(pieces):
+        fresh = not words or piece[:1].isspace() or words[-1].text[-1:].isspace()
+        if fresh and piece.strip():
+            words.append(Word(piece, t, t + 1))
+        elif words:
+            words[-1] = Word(words[-1].text + piece, words[-1].start, t + 1)
+    return tuple(Word(w.text.strip(), w.start, w.stop) for w in words)
+
+
+def _settings(lvlm: LVLM, systems: Sequence[System], max_new_tokens: int, seed: int) -> dict[str, Any]:
+    import transformers
+
+    from sightline import __version__
+    from sightline.catalog import to_dict
+
+    return {
+        "model": lvlm.name,
+        "host": lvlm.host.name,
+        "systems": [to_dict(s) for s in systems],
+        "max_new_tokens": max_new_tokens,
+        "decoding": "greedy",
+        "seed": seed,
+        "device": str(lvlm.device),
+        "dtype": str(lvlm.dtype).removeprefix("torch."),
+        "versions": {"sightline": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _warnings(lvlm: LVLM, picture: Image.Image, runs: Sequence[Run]) -> tuple[str, ...]:
+    lines = []
+    if lvlm.name == "tiny" and "sightline" not in picture.info:
+        lines.append(
+            "The bundled model knows only sightline's generated world of simple drawings; for a photograph name a real "
+            "model, for example --model llava-hf/llava-1.5-7b-hf"
+        )
+    if any(len(r.pieces) == 0 for r in runs):
+        lines.append("The model gave an empty answer.")
+    return tuple(lines)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

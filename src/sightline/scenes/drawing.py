@@ -103,6 +103,14 @@ def _visible(owners: np.ndarray, k: int, box: tuple[int, int, int, int], factor:
     return mask
 
 
+def _settle(masks: list[np.ndarray]) -> list[np.ndarray]:
+    """Give pixels that two objects cover by exactly half (possible where `factor` is even) to the front one."""
+    for k, mask in enumerate(masks):
+        for front in masks[k + 1 :]:
+            mask &= ~front
+    return masks
+
+
 def _drop_hidden(plans: list[_Plan], side: int, factor: int):
     """Remove, one at a time, what is hidden or tiny, until everything left can be seen."""
     inked = [_ink(plan, side, factor) for plan in plans]
@@ -117,7 +125,7 @@ def _drop_hidden(plans: list[_Plan], side: int, factor: int):
                 del plans[k], inked[k]
                 break
         else:
-            return inked, owners, masks
+            return inked, owners, _settle(masks) if factor % 2 == 0 else masks
 
 
 def _shadows(plans: list[_Plan], side: int, lean: float) -> Image.Image:

@@ -233,7 +233,7 @@ def test_phone_pictures_with_a_second_view_are_one_picture():
     assert abs(open_image(encode(first, "MPO", save_all=True, append_images=[second])).getpixel((4, 4))[0] - 40) <= 2
 
 
-@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF"])
 @given(data=st.data())
 def test_truncated_and_damaged_files_are_refused_or_read_but_never_crash(fmt, data):
     noise = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
@@ -255,11 +255,12 @@ def test_random_bytes_are_no_picture(data):
 
 
 def test_reading_warns_of_nothing():
-    data = bytearray(encode(Image.new("RGB", (9, 9)), "TIFF"))
+    data = encode(Image.new("RGB", (9, 9)), "TIFF")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(InputError):
-            open_image(bytes(data[: len(data) // 2]))
+        for cut in range(len(data)):
+            with pytest.raises(InputError):
+                open_image(data[:cut])
 
 
 @pytest.mark.parametrize(
@@ -269,6 +270,7 @@ def test_reading_warns_of_nothing():
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "ffmpeg"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "export it as PNG"),
         (b"%PDF-1.7", "export it as PNG"),
+        (b"\xff\x4f\xff\x51\0\x2f", "save it as PNG or JPEG"),
         (b"<!DOCTYPE html>", "download the picture itself"),
         (b"version https://git-lfs.github.com/spec/v1", "save it as PNG or JPEG"),
         (b"", "the file is empty"),

@@ -24,7 +24,8 @@ MIN_SIDE = 2  # pixels; a single pixel holds no place to look at
 MAX_SIDE = 16384  # pixels
 MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
 MAX_ASPECT = 100  # image processors scale the short side up first; longer strips would fill the memory
-FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "ICO", "QOI")
+# Not JPEG 2000: its decoder fills what is cut off, silently.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "ICO", "QOI")
 
 # What Pillow and its codecs raise on damaged data (zlib and struct errors included).
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, RuntimeError)
@@ -239,5 +240,5 @@ def _foreign(head: bytes, error: Exception) -> str:
     if text.startswith((b"<!doctype", b"<html")):
         return "it is a web page, not a picture; download the picture itself"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is damaged or no picture; save it as PNG or JPEG (also read: WebP, GIF, TIFF, BMP, AVIF, JPEG 2000)"
+        return "it is damaged or no picture; save it as PNG or JPEG (also read: WebP, GIF, TIFF, BMP, AVIF)"
     return f"it is damaged or cut off ({error}); fetch or save it again"

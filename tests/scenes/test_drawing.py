@@ -186,7 +186,7 @@ def test_context_and_object_range_are_respected():
 
 def test_kinds_of_a_context_come_together():
     """P(plate | cup) in the kitchen is several times P(plate) anywhere."""
-    sample = [set(scenes.draw(s).counts()) for s in range(500)]
+    sample = [set(scenes.draw(s).counts()) for s in range(240)]
     with_fork = [kinds for kinds in sample if "fork" in kinds]
     together = sum("plate" in kinds for kinds in with_fork) / len(with_fork)
     assert together > 3 * sum("plate" in kinds for kinds in sample) / len(sample)

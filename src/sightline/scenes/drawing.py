@@ -191,7 +191,9 @@ def _check(seed: int, context: str | None, size: int, objects: tuple[int, int] |
 
 
 def draw(seed: int, *, context: str | None = None, size: int = 112, objects: tuple[int, int] | None = (3, 7)) -> Scene:
-    """The scene of a seed: the same arguments give the same picture and truth on every machine.
+    """The scene of a seed: the same arguments give the same truth everywhere, and the same pixels with the same Pillow.
+
+    Other versions of Pillow (10.3 to 13 compared) change fewer than one value in 10 000, at edges of lines and ovals.
 
     `context` is drawn from CONTEXTS unless given; `size` is the side in pixels; `objects` is the range of how many
     objects are tried (None is (3, 7)), of which a few are dropped when they find no place or would be hidden.

@@ -1,0 +1,139 @@
+"""Fresh parts of a tiny LLaVA: tokenizer, processor, configuration and randomly initialised model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from sightline.learn.recipe import Shape
+
+BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT:{% generation %} "
+    "{% if message['content'] is string %}{{ message['content'] | trim }}"
+    "{% else %}{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join | trim }}"
+    "{% endif %}</s>{% endgeneration %}"
+    "{% else %}{{ 'USER: ' if message['role'] == 'user' else '' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}"
+    "{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join | trim }}"
+    "{% endif %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `size` tokens: any text encodes, and common words of `corpus` are one token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[BOS, EOS, PAD, IMAGE],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=4,
+        show_progress=False,
+    )
+    core.train_from_iterator(corpus, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def processor(text: PreTrainedTokenizerFast, shape: Shape) -> LlavaProcessor:
+    """The processor that turns pictures and prompts into the model's inputs, with a Vicuna-like chat template."""
+    side = shape.image
+    pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return LlavaProcessor(
+        pictures,
+        text,
+        patch_size=shape.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def config(shape: Shape, text: PreTrainedTokenizerFast) -> LlavaConfig:
+    """CLIP tower with CLS, two-layer GELU projector from the last but one layer, Llama decoder with tied embeddings."""
+    tower = CLIPVisionConfig(
+        hidden_size=shape.vision_width,
+        intermediate_size=4 * shape.vision_width,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_heads,
+        image_size=shape.image,
+        patch_size=shape.patch,
+    )
+    decoder = LlamaConfig(
+        vocab_size=len(text),
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=2048,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    return LlavaConfig(
+        vision_config=tower,
+        text_config=decoder,
+        image_token_index=text.convert_tokens_to_ids(IMAGE),
+        image_seq_length=shape.grid**2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+
+
+def waves(grid: int, width: int) -> torch.Tensor:
+    """(grid^2, width) sines and cosines of rows and columns: positions a tower can tell apart from its first step.
+
+    CLIP's own start (noise of 0.02) is lost beside the patches, and a small tower then takes long to find neighbours.
+    """
+    quarter = width // 4
+    angles = torch.arange(grid)[:, None] * (grid * 2) ** (-torch.arange(quarter) / quarter)  # (G, W / 4)
+    line = torch.cat([angles.sin(), angles.cos()], -1)  # (G, W / 2)
+    rows, columns = line[:, None].expand(-1, grid, -1), line[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], -1).reshape(grid * grid, 4 * quarter)
+
+
+def model(shape: Shape, text: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """A randomly initialised model, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = LlavaForConditionalGeneration(config(shape, text))
+    positions = made.model.vision_tower.embeddings.position_embedding.weight
+    with torch.no_grad():
+        positions[1:] = 0.3 * waves(shape.grid, shape.vision_width)
+    made.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False,
+        max_new_tokens=160,
+    )  # fmt: skip
+    return made

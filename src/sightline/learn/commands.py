@@ -1,0 +1,95 @@
+"""`sightline train`: the bundled tiny LLaVA from nothing, and visual instruction tuning of a LLaVA on one's own data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train: the bundled tiny LLaVA, or any LLaVA on a LLaVA-format JSON.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare data; 0 prepares it in this one.")]
+
+
+def _device(name: str):
+    import torch
+
+    from sightline.errors import ParameterError
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ParameterError(f"device={name!r}: choose cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ParameterError(f"device={name!r}: no CUDA device here, choose cpu")
+    return device
+
+
+@app.command("tiny-llava")
+def tiny_llava(
+    out: Out = Path("tiny-llava-run"),
+    preset: Annotated[str, typer.Option(help="tiny (the bundled model) or toy (seconds, for trying).")] = "tiny",
+    scale: Annotated[float, typer.Option(help="Multiply every stage's steps by this.")] = 1.0,
+    minutes: Annotated[float | None, typer.Option(help="Train for this long at most, learning rates included.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the instruction stage, instead of the recipe's.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only this stage: tower, language, align or instruct.")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = 0,
+    pictures: Annotated[int, typer.Option(help="Held-out scenes for the final evaluation; 0 skips it.")] = 360,
+) -> None:
+    """Train a tiny LLaVA on generated scenes: tower, language, alignment, instruction tuning, evaluation."""
+    from dataclasses import replace
+
+    from sightline.errors import ParameterError, UnknownNameError, nearest
+    from sightline.learn import evaluate, recipe, tiny_llava
+
+    if preset not in recipe.PRESETS:
+        raise UnknownNameError(f"no preset {preset!r}: {nearest(preset, list(recipe.PRESETS))}")
+    if minutes is not None and minutes <= 0:
+        raise ParameterError(f"minutes={minutes!r} is out of range: choose a positive number")
+    chosen = replace(recipe.PRESETS[preset], seed=seed).scaled(scale)
+    chosen = chosen.with_steps("instruct", steps) if steps is not None else chosen
+    where = _device(device)
+    tiny_llava.run(chosen, out, device=where, precision=precision, minutes=minutes, workers=workers, only=only)
+    if only in (None, "instruct") and pictures:
+        results = tiny_llava.report(out / "model", device=where, pictures=pictures, per_kind=pictures)
+        evaluate.show(results)
+        typer.echo(f"model: {out / 'model'}   numbers: {out / 'results.json'}   pictures: curves.png, sinks.png")
+
+
+@app.command("instruct")
+def instruct(
+    data: Annotated[Path, typer.Option(help="LLaVA-format JSON list.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a LLaVA checkpoint.")],
+    stage: Annotated[int, typer.Option(help="1: projector on captions. 2: projector and decoder on dialogues.")] = 2,
+    images: Annotated[Path | None, typer.Option(help="Folder the records' pictures are in.")] = None,
+    out: Out = Path("instruct-run"),
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 1e-3 in stage 1, 2e-5 in stage 2.")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the data, print statistics, train nothing.")
+    ] = False,
+) -> None:
+    """Visual instruction tuning of a LLaVA on your own pictures and dialogues."""
+    from sightline.learn import tuning
+
+    facts = tuning.tune(
+        data, model, stage, images, out, epochs=epochs, steps=steps, batch=batch, lr=lr, seed=seed,
+        device=_device(device), precision=precision, workers=workers, dry_run=dry_run,
+    )  # fmt: skip
+    typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))

@@ -1,0 +1,96 @@
+"""The numbers of a tiny LLaVA: sizes of its parts and length of its training stages, with two presets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+from sightline.errors import ParameterError, UnknownNameError, nearest
+
+STAGES = ("tower", "language", "align", "instruct")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model. `image` and `patch` in pixels; the image gives (image / patch)^2 visual tokens."""
+
+    image: int = 112
+    patch: int = 8
+    vision_width: int = 192
+    vision_layers: int = 5
+    vision_heads: int = 6
+    width: int = 256
+    layers: int = 8
+    heads: int = 8
+    hidden: int = 640
+    vocabulary: int = 768
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image // self.patch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage: `steps` of `batch` samples at peak rate `lr`, linear warm-up of `warmup` steps, then cosine to 10 %."""
+
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float = 0.1
+    warmup: int = 100
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a tiny LLaVA. `turns`: questions per picture in stage 2; `length`: tokens per document."""
+
+    shape: Shape = field(default_factory=Shape)
+    tower: Plan = Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.05)
+    language: Plan = Plan(steps=4000, batch=8, lr=2e-3)
+    align: Plan = Plan(steps=120, batch=16, lr=2e-3, weight_decay=0.0, warmup=10)
+    instruct: Plan = Plan(steps=3000, batch=10, lr=1e-3)
+    length: int = 256
+    turns: int = 12
+    seed: int = 0
+
+    def plan(self, stage: str) -> Plan:
+        """The plan of one of STAGES."""
+        if stage not in STAGES:
+            raise UnknownNameError(f"no stage {stage!r}: {nearest(stage, list(STAGES))}")
+        return getattr(self, stage)
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same recipe with every stage's steps (and warm-up) multiplied by `factor`, at least two steps each."""
+        if not 0 < factor <= 1000:
+            raise ParameterError(f"scale={factor!r} is out of range: choose a number in (0, 1000]")
+        plans = {name: self.plan(name) for name in STAGES}
+        return replace(self, **{
+            name: replace(plan, steps=max(2, round(plan.steps * factor)), warmup=max(1, round(plan.warmup * factor)))
+            for name, plan in plans.items()
+        })  # fmt: skip
+
+    def with_steps(self, stage: str, steps: int) -> Recipe:
+        """The same recipe with `steps` steps in one stage."""
+        if steps < 1:
+            raise ParameterError(f"steps={steps!r} is out of range: choose a whole number from 1 on")
+        plan = self.plan(stage)
+        return replace(self, **{stage: replace(plan, steps=steps, warmup=min(plan.warmup, max(1, steps // 10)))})
+
+    def as_dict(self) -> dict:
+        """Plain nested dictionary, for the run's config.json."""
+        return asdict(self)
+
+
+TOY = Recipe(
+    shape=Shape(image=56, patch=14, vision_width=16, vision_layers=2, vision_heads=2, width=32, layers=3, heads=2,
+                hidden=48, vocabulary=400),
+    tower=Plan(2, 2, 1e-3, warmup=1),
+    language=Plan(2, 2, 1e-3, warmup=1),
+    align=Plan(2, 2, 1e-3, warmup=1),
+    instruct=Plan(2, 2, 1e-3, warmup=1),
+    length=48,
+    turns=2,
+)  # fmt: skip
+PRESETS = {"tiny": Recipe(), "toy": TOY}

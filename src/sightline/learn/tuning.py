@@ -1,0 +1,55 @@
+"""Visual instruction tuning of an existing LLaVA on a LLaVA-format JSON: load, check, train a stage, save."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from sightline.errors import ModelError, ParameterError
+from sightline.learn import conversation, instruct, loop
+from sightline.learn.recipe import Plan
+
+RATES = {1: 1e-3, 2: 2e-5}  # LLaVA-1.5's peak learning rates
+SHOWN = 500  # records of a dry run that are tokenised
+
+
+def tune(data: Path, model: str, stage: int, images: Path | None, out: Path, *, epochs: float, steps: int | None,
+         batch: int, lr: float | None, seed: int, device: torch.device, precision: str, workers: int,
+         dry_run: bool = False) -> dict:  # fmt: skip
+    """Train stage 1 or 2 with LLaVA-1.5's settings (cosine, 3 % warm-up, no weight decay); save to `out/model`.
+
+    Returns the data's statistics (`dry_run`) or what was trained. Raises InputError for bad records, ModelError for a
+    checkpoint that is no LLaVA, ParameterError for numbers out of range; all before any training.
+    """
+    if stage not in RATES:
+        raise ParameterError(f"stage={stage!r} is out of range: choose 1 (projector) or 2 (projector and decoder)")
+    if epochs <= 0 or (steps is not None and steps < 1):
+        raise ParameterError(f"epochs={epochs!r}, steps={steps!r}: choose positive numbers")
+    processor = _processor(model)
+    records = instruct.Records(data, images, processor, stage, seed)
+    if dry_run:
+        samples = [records.sample(k) for k in range(min(SHOWN, len(records)))]
+        return {"records in file": len(records), **conversation.statistics(samples, processor)}
+    count = steps or math.ceil(epochs * len(records) / batch)
+    plan = Plan(count, batch, lr or RATES[stage], weight_decay=0.0, warmup=math.ceil(0.03 * count))
+    dtype = loop.precision_of(precision, device)
+    net = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).to(device).eval()
+    trainer = instruct.train(net, processor, records, stage, plan, out, precision=dtype, workers=workers)
+    net.save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+    return {"stage": stage, "steps": trainer.step, "records": len(records), "loss": trainer.curve[-1]["loss"],
+            "model": str(out / "model")}  # fmt: skip
+
+
+def _processor(model: str) -> LlavaProcessor:
+    try:
+        kind = AutoConfig.from_pretrained(model).model_type
+        processor = LlavaProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {model!r} ({str(error).splitlines()[0]}): give a LLaVA folder or id") from error
+    if kind != "llava":
+        raise ModelError(f"{model!r} is a {kind} model: instruction tuning takes LlavaForConditionalGeneration")
+    return processor

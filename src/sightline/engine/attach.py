@@ -80,7 +80,9 @@ class Attachment:
         check(model, self.host)
         shape = shape_of(model, self.host)
         self.workers = [_Worker(s, s.prepare(shape)) for s in systems]
-        self.sequences = Sequences(self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None))
+        self.sequences = Sequences(
+            self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None)
+        )
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self._undo = ExitStack()
         try:
@@ -115,7 +117,9 @@ class Attachment:
             self._hook(get(self.model, self.host.tower), self._pixels, with_kwargs=True)
         text = used - {"vision_attention", "pixels"}
         if text and not isinstance(self.host, Host):
-            raise HostError(f"{type(self.model).__name__} has no language model: stations {sorted(text)} do not exist there")
+            raise HostError(
+                f"{type(self.model).__name__} has no language model: stations {sorted(text)} do not exist there"
+            )
         if not text:
             return
         parameters = signature(self.model.forward)
@@ -265,10 +269,14 @@ def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
 def _check(model: nn.Module, systems: tuple[System, ...]) -> None:
     for system in systems:
         if not isinstance(system, System):
-            raise ParameterError(f"attach(model, *systems): {system!r} is not a system; see `sightline list` for all of them")
+            raise ParameterError(
+                f"attach(model, *systems): {system!r} is not a system; see `sightline list` for all of them"
+            )
     if MARK in model.__dict__:
         names = "+".join(s.slug or type(s).__name__ for s in model.__dict__[MARK].systems) or "none"
-        raise AttachError(f"this model already carries [{names}]: leave that first, or give all systems to one attach(...)")
+        raise AttachError(
+            f"this model already carries [{names}]: leave that first, or give all systems to one attach(...)"
+        )
     if any("_sightline" in m.__dict__ or MARK in m.__dict__ for m in model.modules()):
         raise AttachError("a part of this model already carries systems: detach them from that part first")
     for i, first in enumerate(systems):
@@ -296,7 +304,9 @@ def first_states(model: nn.Module, host: Host) -> Tensor:
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in get(decoder, host.layers)]
     try:
         with torch.no_grad():
-            decoder(input_ids=torch.tensor([[start]], device=decoder.get_input_embeddings().weight.device), use_cache=False)
+            decoder(
+                input_ids=torch.tensor([[start]], device=decoder.get_input_embeddings().weight.device), use_cache=False
+            )
     finally:
         for hook in hooks:
             hook.remove()

@@ -84,10 +84,16 @@ def switch_attention(model: nn.Module, root: nn.Module, modules: list[nn.Module]
             through transformers' attention interface.
     """
     _register()
-    configs = {id(c): c for c in [getattr(root, "config", None), *(getattr(m, "config", None) for m in modules)] if c is not None}
+    configs = {
+        id(c): c
+        for c in [getattr(root, "config", None), *(getattr(m, "config", None) for m in modules)]
+        if c is not None
+    }
     for module in modules:
         if getattr(module, "config", None) is None:
-            raise HostError(f"{type(module).__name__} keeps no config: it does not use transformers' attention interface")
+            raise HostError(
+                f"{type(module).__name__} keeps no config: it does not use transformers' attention interface"
+            )
     own = {}
     for key, config in configs.items():
         name = config._attn_implementation or "eager"
@@ -140,9 +146,13 @@ def attention_function(
         return plain()
     unusual = [k for k in ("softcap", "position_bias", "s_aux") if kwargs.get(k) is not None]
     if unusual:
-        raise HostError(f"{type(module).__name__} uses {', '.join(unusual)} in its attention, which sightline cannot edit")
+        raise HostError(
+            f"{type(module).__name__} uses {', '.join(unusual)} in its attention, which sightline cannot edit"
+        )
     if dropout > 0:
-        raise HostError(f"attention dropout is {dropout}: call model.eval(), or set attention_dropout to 0, before attaching")
+        raise HostError(
+            f"attention dropout is {dropout}: call model.eval(), or set attention_dropout to 0, before attaching"
+        )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(attention_mask is None and query.shape[2] > 1 and causal)
     if causal and key.shape[2] > query.shape[2]:  # prefill into a static cache: the rest is still empty
@@ -156,7 +166,9 @@ def attention_function(
 def _intercept(module: nn.Module, seat: Seat, undo: ExitStack) -> None:
     """Stand in for `F.scaled_dot_product_attention` while `module` runs (timm's fused attention)."""
     if getattr(module, "fused_attn", True) is False:
-        raise HostError(f"{type(module).__name__}.fused_attn is False: set it to True (TIMM_FUSED_ATTN=1) before attaching")
+        raise HostError(
+            f"{type(module).__name__}.fused_attn is False: set it to True (TIMM_FUSED_ATTN=1) before attaching"
+        )
     modes: list[TorchFunctionMode] = []
 
     def enter(module: nn.Module, args: tuple) -> None:

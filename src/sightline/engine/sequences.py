@@ -58,7 +58,9 @@ class Sequences:
         past = _past(cache, known, ids)
         if ids is None:
             if past == 0 or known is None:
-                raise AttachError("a prompt came as inputs_embeds: give input_ids, so that image tokens can be told from text")
+                raise AttachError(
+                    "a prompt came as inputs_embeds: give input_ids, so that image tokens can be told from text"
+                )
             ids = given["inputs_embeds"].new_full(given["inputs_embeds"].shape[:2], -2, dtype=torch.long)
         if past == 0:
             sequence = self._start(given, ids, mask, cache)
@@ -111,7 +113,9 @@ class Sequences:
             known = Sequence(known.tokens, [{} for _ in self.owner.systems], self.owner)
         tokens = known.tokens if known.tokens.shape[1] == past else known.tokens.crop(past)
         if tokens.shape[0] != ids.shape[0]:
-            raise AttachError(f"the cache holds {tokens.shape[0]} rows, the new block {ids.shape[0]}: expand the prompt instead")
+            raise AttachError(
+                f"the cache holds {tokens.shape[0]} rows, the new block {ids.shape[0]}: expand the prompt instead"
+            )
         known.prefill = ids.shape[1] > 1
         if known.prefill:
             chunk = None if mask is None else mask[:, -ids.shape[1] :]

@@ -30,7 +30,7 @@ class Shape:
     heads: int
     heads_kv: int
     hidden_size: int
-    first_states: Callable[[], Tensor]  # () -> (L, D) fp32: state of the first token entering every layer (runs the model)
+    first_states: Callable[[], Tensor]  # () -> (L, D) fp32: first token's state entering every layer (runs the model)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,7 +119,8 @@ class Tokens:
             seen = self.visual.any(1, keepdim=True)
             moved = (role == int(Role.BEFORE)) | (role == int(Role.START))
             role = torch.where(moved & seen, int(Role.AFTER), role)
-        role = torch.where(role == int(Role.START), int(Role.BEFORE), role).to(torch.int8)
+        begun = self.role.ne(int(Role.PAD)).any(1, keepdim=True)  # a row that was all padding starts only now
+        role = torch.where((role == int(Role.START)) & begun, int(Role.BEFORE), role).to(torch.int8)
         return self._appended(role, image.to(torch.int16), other.index)
 
     def generated(self, count: int = 1) -> Tokens:
@@ -129,8 +131,7 @@ class Tokens:
         grown = self._appended(role, none.to(torch.int16), none.to(torch.int32))
         for name in ("has_image", "first_after"):  # a generated token changes neither: keep what is known, sync-free
             if name in self.__dict__:
-                known = self.__dict__[name]
-                grown.__dict__[name] = known if name == "has_image" or known < self.role.shape[1] else self.role.shape[1]
+                grown.__dict__[name] = self.__dict__[name]
         return grown
 
     def crop(self, length: int) -> Tokens:
@@ -168,10 +169,19 @@ class Tokens:
         """The ledger that also knows where every visual token lies.
 
         Raises:
-            InputError: a layout has another number of tokens than its image has placeholders.
+            InputError: a layout has another number of tokens than its image has placeholders, or one is missing.
         """
         layouts = tuple(tuple(row) for row in layouts)
+        if len(layouts) != self.role.shape[0]:
+            raise InputError(
+                f"layouts for {len(layouts)} rows, the ledger has {self.role.shape[0]} rows: give one list per row"
+            )
         for b, row in enumerate(layouts):
+            images = int(self.image[b].max()) + 1
+            if images > len(row):
+                raise InputError(
+                    f"row {b}: {len(row)} layouts for {images} images (without `counts`, every run of tokens is one)"
+                )
             for k, layout in enumerate(row):
                 found = int((self.image[b] == k).sum())
                 if found != len(layout):
@@ -187,8 +197,8 @@ class Tokens:
         return table[self.index[row][self.image[row] == image].long().cpu()]
 
     def _appended(self, role: Tensor, image: Tensor, index: Tensor) -> Tokens:
-        start = self.role.shape[1]
-        position = torch.arange(start, start + role.shape[1], device=role.device, dtype=torch.int32).expand_as(role)
+        start = self.position.amax() + 1  # not the width: pruning may have dropped columns
+        position = (start + torch.arange(role.shape[1], device=role.device)).to(torch.int32).expand_as(role)
         return Tokens(
             torch.cat([self.role, role], 1),
             torch.cat([self.image, image], 1),
@@ -217,10 +227,15 @@ def _number_images(visual: Tensor, counts: Sequence[int] | None) -> tuple[Tensor
 
 def _split_by_counts(visual: Tensor, counts: Sequence[int]) -> Tensor:
     """Image numbers when the visual tokens of the batch, read row by row, belong to images of `counts` tokens."""
-    total = int(visual.sum())
-    if sum(counts) != total:
-        raise InputError(f"the images have {sum(counts)} visual tokens, the prompt has {total} placeholders")
-    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.as_tensor(list(counts))).to(visual.device)
+    rows = visual.sum(1).tolist()
+    if sum(counts) != sum(rows):
+        raise InputError(f"the images have {sum(counts)} visual tokens, the prompt has {sum(rows)} placeholders")
+    if not set(accumulate(rows, initial=0)) <= set(accumulate(counts, initial=0)):
+        raise InputError(
+            f"images of {list(counts)} visual tokens do not fill rows of {rows} placeholders: one is cut in two"
+        )
+    sizes = torch.as_tensor(list(counts), dtype=torch.long)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), sizes).to(visual.device)
     image = torch.full(visual.shape, -1, device=visual.device, dtype=torch.long)
     image[visual] = owner
     first = torch.where(visual, image, len(counts)).amin(1, keepdim=True)  # the first image of every row

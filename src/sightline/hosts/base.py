@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Any
 from sightline.errors import HostError, nearest
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from sightline.hosts.geometry import Layout
+
+    # (processor, processor outputs, [(width, height) of every original picture], model) -> one Layout per picture
+    Layouts = Callable[[Any, Mapping[str, Any], Sequence[tuple[int, int]], Any], list[Layout]]
+    # (model, layouts) -> per picture (n, k, 2): row and place, in the tower's sequence, of every token's patches
+    Order = Callable[[nn.Module, Sequence[Layout]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,14 @@ class Host:
     tower: str = "model.vision_tower"
     tower_layers: str = "encoder.layers"  # inside the tower
     tower_attention: str = "self_attn"  # inside a tower layer
-    tower_prefix: int = 0  # tokens before the patches in the tower (1 = CLS)
+    tower_prefix: Callable[[nn.Module], int] | int = 0  # tokens before the patches in the tower (1 = CLS)
     projector: str = "model.multi_modal_projector"
     image_token: str = "image_token_id"  # attribute of model.config
-    layouts: Callable[[Any, Mapping[str, Any], Sequence[tuple[int, int]]], list[Layout]] | None = None
-    # (processor, processor outputs, [(width, height) of every original image]) -> one Layout per image
+    layouts: Layouts | None = None
+    tower_order: Order | None = (
+        None  # None: a crop is a row of the tower's batch, its patches row-major after the prefix
+    )
+    deepstack: str | None = None  # path in model.config: tower layers whose features the first decoder layers add again
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class ViTHost:
     tower_attention: str = "self_attn"
     fused: bool = False  # True: attention calls torch's SDPA directly (timm), not transformers' attention interface
     tower_prefix: Callable[[nn.Module], int] | int = 0  # CLS and register tokens before the patches
-    layouts: Callable[[Any, Mapping[str, Any], Sequence[tuple[int, int]]], list[Layout]] | None = None
+    layouts: Layouts | None = None
 
 
 REGISTRY: dict[str, Host | ViTHost] = {}  # class name -> host
@@ -58,7 +67,9 @@ def register(host: Host | ViTHost) -> Host | ViTHost:
     """Make a host known for every model class it names. Returns it, so that `LLAVA = register(Host(...))` reads well."""
     for name in host.classes:
         if name in REGISTRY and REGISTRY[name].name != host.name:
-            raise HostError(f"model class {name!r} is already served by host {REGISTRY[name].name!r}, not {host.name!r}")
+            raise HostError(
+                f"model class {name!r} is already served by host {REGISTRY[name].name!r}, not {host.name!r}"
+            )
         REGISTRY[name] = host
     return host
 
@@ -74,55 +85,78 @@ def find(model: nn.Module) -> Host | ViTHost:
     """The host of a model, by class name along its MRO.
 
     Raises:
-        HostError: the class is unknown; the message lists the facts to give as `attach(model, ..., host=Host(...))`.
+        HostError: the class is unknown; the message lists the facts to give as `attach(model, ..., host=Host(...))`, with
+            those that can be read off the module tree filled in. A text-only model is told apart.
     """
     from sightline import hosts
+    from sightline.hosts.guess import guess, reads_text_only
 
     hosts.load_all()
     for cls in type(model).__mro__:
         if cls.__name__ in REGISTRY:
             return REGISTRY[cls.__name__]
     name = type(model).__name__
-    facts = ", ".join(f.name for f in fields(Host) if f.name not in ("name", "classes"))
+    if reads_text_only(model):
+        raise HostError(
+            f"{name} is a text model: it has no vision tower and no image token; give a vision-language model"
+        )
+    known = [key for key, host in REGISTRY.items() if isinstance(host, Host)]
+    facts = ", ".join(f"{fact}={value}" for fact, value in guess(model).items())
+    others = ", ".join(f.name for f in fields(Host) if f.name not in ("name", "classes", *guess(model)))
     raise HostError(
-        f"model class {name!r} is not a known host ({nearest(name, list(REGISTRY))}); to use it, say where its parts are: "
-        f"attach(model, ..., host=sightline.hosts.Host(name={name!r}, classes=({name!r},), {_guess(model)})); facts: {facts}"
+        f"model class {name!r} is not a known host ({nearest(name, known)}); to use it, say where its parts are: "
+        f"attach(model, ..., host=sightline.hosts.Host(name={name!r}, classes=({name!r},), {facts})); "
+        f"<...> could not be found; further facts, if the defaults do not fit: {others}"
     )
 
 
 def check(model: nn.Module, host: Host | ViTHost) -> None:
-    """Raise HostError, naming every path of `host` that does not exist in `model`."""
-    missing = []
-    paths = {"tower": host.tower}
+    """Raise HostError, naming every fact of `host` that does not fit `model`."""
+    from sightline.hosts.guess import guess
+
+    wrong = _tower_faults(model, host)
     if isinstance(host, Host):
-        paths |= {"decoder": host.decoder, "decoder + layers": f"{host.decoder}.{host.layers}", "projector": host.projector}
-    for fact, path in paths.items():
-        try:
-            get(model, path)
-        except AttributeError:
-            missing.append(f"{fact}={path!r}")
-    if isinstance(host, Host) and getattr(model.config, host.image_token, None) is None:
-        missing.append(f"image_token={host.image_token!r} (an attribute of model.config)")
-    if missing:
+        wrong |= _stack_faults(model, "decoder", host.decoder, "layers", host.layers, "attention", host.attention)
+        if not _has(model, host.projector):
+            wrong["projector"] = repr(host.projector)
+        if getattr(getattr(model, "config", None), host.image_token, None) is None:
+            wrong["image_token"] = f"{host.image_token!r} (an attribute of model.config)"
+    if wrong:
+        seen = {fact: value for fact, value in guess(model).items() if fact in wrong and not value.startswith("<")}
+        hint = f"; seen: {', '.join(f'{k}={v}' for k, v in seen.items())}" if seen else ""
         raise HostError(
-            f"host {host.name!r} does not fit {type(model).__name__}: not found: {'; '.join(missing)}. "
-            f"Pass the right paths in sightline.hosts.Host(...); what was seen: {_guess(model)}"
+            f"host {host.name!r} does not fit {type(model).__name__}: not found: "
+            f"{'; '.join(f'{fact}={value}' for fact, value in wrong.items())}. "
+            f"Pass the right paths in sightline.hosts.{type(host).__name__}(...){hint}"
         )
 
 
-def _guess(model: nn.Module) -> str:
-    """Facts about an unknown model that can be read off its module tree, as keyword arguments."""
-    from torch import nn
+def prefix(model: nn.Module, host: Host | ViTHost) -> int:
+    """Tokens before the patches in the tower's sequence: class token and registers."""
+    return host.tower_prefix(model) if callable(host.tower_prefix) else host.tower_prefix
 
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    text = [n for n, m in lists if any("vis" not in n and hasattr(c, "self_attn") for c in m)]
-    vision = [n for n, m in lists if "vis" in n]
-    guess = []
-    if text:
-        decoder, _, layers = text[0].rpartition(".")
-        guess += [f"decoder={decoder!r}", f"layers={layers!r}"]
-    if vision:
-        guess.append(f"tower={vision[0].split('.encoder')[0]!r}")
-    if not any(hasattr(getattr(model, "config", None), a) for a in ("image_token_id", "image_token_index")):
-        guess.append("image_token=<attribute of config that holds the placeholder id>")
-    return ", ".join(guess) if guess else "decoder=..., layers=..., tower=..., projector=..."
+
+def _tower_faults(model: nn.Module, host: Host | ViTHost) -> dict[str, str]:
+    names = ("tower", host.tower, "tower_layers", host.tower_layers, "tower_attention", host.tower_attention)
+    return _stack_faults(model, *names)
+
+
+def _stack_faults(
+    model: nn.Module, top: str, path: str, stack: str, layers: str, part: str, attention: str
+) -> dict[str, str]:
+    """Facts among (top, stack, part) whose paths lead nowhere: a module, its list of layers, a layer's attention."""
+    if not _has(model, path):
+        return {top: repr(path)}
+    inner = f"{path}.{layers}".strip(".")
+    if not _has(model, inner) or not hasattr(get(model, inner), "__getitem__") or len(get(model, inner)) == 0:
+        return {stack: f"{layers!r} (inside {path!r})"}
+    if not _has(get(model, inner)[0], attention):
+        return {part: f"{attention!r} (inside a layer of {inner!r})"}
+    return {}
+
+
+def _has(model: Any, path: str) -> bool:
+    try:
+        return get(model, path) is not None
+    except AttributeError:
+        return False

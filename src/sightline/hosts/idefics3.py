@@ -1,0 +1,93 @@
+"""Idefics3 and SmolVLM: tiles (364 or 512 pixels) and the whole picture, patches shuffled 2 x 2, 3 x 3 or 4 x 4.
+
+transformers: `models/idefics3`, `models/smolvlm`. The longer edge is brought to `size`, then both to multiples of the tile;
+tile after tile, each behind its own marker tokens, then the whole. One picture's placeholders are thus not contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sightline.errors import InputError
+from sightline.hosts.base import Host, register
+from sightline.hosts.canvas import Canvas, edge, join
+from sightline.hosts.checks import ADVICE
+from sightline.hosts.geometry import Layout
+from sightline.hosts.plain import patch_grid
+
+LONGEST = 4096  # the processors' own upper bound on a picture's edge
+
+
+def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
+    """Tiles row-major, then the whole picture; one view when it is not split."""
+    pictures = processor.image_processor
+    tile, patch = edge(pictures.max_image_size, "longest_edge"), int(model.config.vision_config.patch_size)
+    views = int(inputs["pixel_attention_mask"].flatten(2).any(-1).sum()) if "pixel_attention_mask" in inputs else None
+    split = pictures.do_image_splitting
+    for cut in (split, not split):  # whether to split may have been said in the call: the number of views tells
+        found = [_views(size, pictures, tile, cut) for size in sizes]
+        if views in (None, sum(map(len, found))):
+            factor = model.config.scale_factor
+            return [_layout(size, views, patch, factor) for size, views in zip(sizes, found, strict=True)]
+    raise InputError(f"pictures of sizes {list(sizes)} do not give {views} views: {ADVICE}")
+
+
+def _views(size: tuple[int, int], pictures: Any, tile: int, split: bool) -> list[Canvas]:
+    """The tiles of a picture and last the whole; each is tile x tile pixels."""
+    canvas = Canvas(*size)
+    if pictures.do_resize:
+        canvas = canvas.resize(*_longest(size, pictures.size))
+    if split:
+        canvas = canvas.resize(*_multiple(canvas, tile))
+    rows, columns = canvas.height // tile, canvas.width // tile
+    whole = canvas.resize(tile, tile)
+    if not split or rows * columns == 1:
+        return [whole]
+    return [canvas.crop(c * tile, r * tile, tile, tile) for r in range(rows) for c in range(columns)] + [whole]
+
+
+def _longest(size: tuple[int, int], wanted: Any) -> tuple[int, int]:
+    """(width, height) with the longer edge as wanted; the shorter rounded down, then up to even; then within bounds."""
+    longest = edge(wanted, "longest_edge")
+    if longest is None:
+        return edge(wanted, "width"), edge(wanted, "height")
+    wide, ratio = size[0] >= size[1], size[0] / size[1]
+    short = max(_even(int(longest / ratio if wide else longest * ratio)), 1)
+    if longest > LONGEST:
+        ratio = longest / short if wide else short / longest
+        longest, short = LONGEST, max(int(LONGEST / ratio if wide else LONGEST * ratio), 1)
+    return (longest, short) if wide else (short, longest)
+
+
+def _even(length: int) -> int:
+    return length + length % 2
+
+
+def _multiple(canvas: Canvas, tile: int) -> tuple[int, int]:
+    """(width, height): the longer edge up to a multiple of the tile, the shorter in proportion and up as well."""
+    ratio = canvas.width / canvas.height
+    if canvas.width >= canvas.height:
+        width = math.ceil(canvas.width / tile) * tile
+        return width, math.ceil(int(width / ratio) / tile) * tile
+    height = math.ceil(canvas.height / tile) * tile
+    return math.ceil(int(height * ratio) / tile) * tile, height
+
+
+def _layout(size: tuple[int, int], views: list[Canvas], patch: int, factor: int) -> Layout:
+    cut = [patch_grid(v, (patch, patch), crop, factor) for crop, v in enumerate(views)]
+    parts, grids = zip(*cut, strict=True)
+    return join(size, parts, grids, [(r * factor, c * factor) for r, c in grids], base=len(views) - 1)
+
+
+IDEFICS3 = register(
+    Host(
+        "idefics3",
+        ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+        decoder="model.text_model",
+        tower="model.vision_model",
+        projector="model.connector",
+        layouts=layouts,
+    )
+)

@@ -1,0 +1,94 @@
+"""Qwen2-VL and Qwen2.5-VL: any size, patches of 14 pixels merged 2 x 2, so 28 x 28 pixels of the resized picture a token.
+
+transformers: `models/qwen2_vl`, `models/qwen2_5_vl`. The tower packs all pictures into one sequence without a batch axis,
+patches in the order of their 2 x 2 blocks; Qwen2.5-VL moves blocks into windows first, and back after the merger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sightline.hosts.base import Host, register
+from sightline.hosts.canvas import Canvas, grid, join
+from sightline.hosts.checks import require_count
+from sightline.hosts.geometry import Layout
+
+
+def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
+    """Row-major tokens of merge x merge patches; the grid is read from `image_grid_thw`."""
+    require_count("image_grid_thw", inputs, sizes)
+    vision = model.config.vision_config
+    patch, merge = int(vision.patch_size), int(vision.spatial_merge_size)
+    found = []
+    for size, (_, rows, columns) in zip(sizes, inputs["image_grid_thw"].tolist(), strict=True):
+        canvas = Canvas(*size).resize(columns * patch, rows * patch)
+        shape = (rows // merge, columns // merge)
+        part = grid(canvas, 0, *shape, (patch * merge, patch * merge), merge)
+        found.append(join(size, [part], [shape], [(rows, columns)]))
+    return found
+
+
+def packed_order(model: Any, layouts: Sequence[Layout]) -> list[np.ndarray]:
+    """Patches of all pictures in one row, token after token."""
+    return _packed(layouts, np.arange(sum(map(len, layouts))))
+
+
+def window_order(model: Any, layouts: Sequence[Layout]) -> list[np.ndarray]:
+    """The same with the tokens' blocks of patches moved into windows, as all tower layers of Qwen2.5-VL see them."""
+    import torch
+
+    grids = torch.tensor([[1, *layout.patch_grids[0]] for layout in layouts])
+    index = np.asarray(_window_index(model, grids))
+    return _packed(layouts, np.argsort(index))
+
+
+def _window_index(model: Any, grids: Any) -> Any:
+    """Which block of patches stands at every place of the windowed sequence."""
+    tower = model.model.visual
+    if hasattr(tower, "get_window_index"):
+        return tower.get_window_index(grids)[0]
+    from transformers.vision_utils import get_vision_window_index
+
+    return get_vision_window_index(
+        grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
+    )[0]
+
+
+def _packed(layouts: Sequence[Layout], place: np.ndarray) -> list[np.ndarray]:
+    """(n, k, 2) per picture, when token t of the batch stands at block `place[t]` of the one row."""
+    found, start = [], 0
+    for layout in layouts:
+        k = len(layout.patches[0])
+        where = place[start : start + len(layout), None] * k + np.arange(k)
+        found.append(np.stack([np.zeros_like(where), where], axis=-1).astype(np.int64))
+        start += len(layout)
+    return found
+
+
+QWEN2_VL = register(
+    Host(
+        "qwen2_vl",
+        ("Qwen2VLForConditionalGeneration",),
+        tower="model.visual",
+        tower_layers="blocks",
+        tower_attention="attn",
+        projector="model.visual.merger",
+        layouts=layouts,
+        tower_order=packed_order,
+    )
+)
+QWEN2_5_VL = register(
+    Host(
+        "qwen2_5_vl",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        tower="model.visual",
+        tower_layers="blocks",
+        tower_attention="attn",
+        projector="model.visual.merger",
+        layouts=layouts,
+        tower_order=window_order,
+    )
+)

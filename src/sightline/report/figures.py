@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 HEAT = "inferno"
 SHEET = 40  # words on a contact sheet
-CANVAS = 512  # longest side of a heat map, pixels
+CANVAS = 768  # longest side of an overlay, pixels
+THUMB = 216  # the same on the contact sheet
 
 
 def overlay(look: Look, run: Run, word: Word | int | None = None, sinks: bool = False) -> Figure:
@@ -33,7 +34,8 @@ def overlay(look: Look, run: Run, word: Word | int | None = None, sinks: bool = 
     tall = float(np.clip(6 * height / width, 1.5, 12))
     figure = Figure(figsize=(6, tall + 0.8), layout="constrained")
     axes = figure.subplots()
-    _heat(axes, look, _values(run, word, sinks))
+    axes.imshow(_blend(look, _values(run, word, sinks), CANVAS))
+    axes.set_axis_off()
     said = run.answer if word is None else word.text
     axes.set_title(f"{_plain(title(run.label), 40)}: {_plain(said, 60) or '(empty answer)'}", fontsize=11, loc="left")
     return figure
@@ -43,16 +45,19 @@ def words(look: Look, run: Run, sinks: bool = False, most: int = SHEET) -> Figur
     """A contact sheet: one small overlay per word of the answer, at most `most` (the first ones)."""
     shown = run.words[:most]
     columns = min(6, max(1, len(shown)))
-    rows = max(1, -(-len(shown) // columns))
-    width, height = look.layout.size
-    tall = float(np.clip(2.0 * height / width, 0.5, 4)) + 0.35
-    figure = Figure(figsize=(max(2.1 * columns, 4), rows * tall + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, word in zip(grid.flat, shown, strict=False):
-        _heat(axes, look, _values(run, word, sinks))
-        axes.set_title(_plain(word.text, 18) or "·", fontsize=9)
+    cells = [_blend(look, _values(run, word, sinks), THUMB) for word in shown] or [_blend(look, None, THUMB)]
+    tall, wide = cells[0].shape[:2]
+    rows, step_x, step_y = -(-len(cells) // columns), wide + THUMB // 24, tall + THUMB // 7
+    sheet = np.full((rows * step_y, columns * step_x, 3), 255, np.uint8)
+    figure = Figure(figsize=(max(columns * step_x / 110, 4), rows * step_y / 110 + 0.5), layout="constrained")
+    axes = figure.subplots()
+    for index, cell in enumerate(cells):
+        top, left = index // columns * step_y + step_y - tall, index % columns * step_x
+        sheet[top : top + tall, left : left + wide] = cell
+        name = (_plain(shown[index].text, 18) or "·") if shown else ""
+        axes.text(left + wide / 2, top - THUMB / 40, name, ha="center", va="bottom", fontsize=9)
+    axes.imshow(sheet, aspect="equal")
+    axes.set_axis_off()
     more = f" (first {len(shown)} of {len(run.words)} words)" if len(shown) < len(run.words) else ""
     figure.suptitle(f"{_plain(title(run.label), 60)}{more}" + ("" if shown else ": empty answer"), fontsize=11)
     return figure
@@ -130,14 +135,19 @@ def _values(run: Run, word: Word | None, sinks: bool) -> np.ndarray:
     return (rows if sinks else hide_sinks(rows, run.sinks)).mean(axis=(0, 1))  # (V,)
 
 
-def _heat(axes: Axes, look: Look, values: np.ndarray) -> None:
-    width, height = look.layout.size
-    scale = CANVAS / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    heat = _ranks(np.nan_to_num(np.asarray(look.layout.heatmap(values, size))))  # (h, w)
-    axes.imshow(look.image.convert("RGB"), extent=(0, width, height, 0))
-    axes.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=0.85 * heat**1.3, extent=(0, width, height, 0))
-    axes.set_axis_off()
+def _blend(look: Look, values: np.ndarray | None, longest: int) -> np.ndarray:
+    """(h, w, 3) uint8: the picture with the heat of `values` (V,) over it, `longest` pixels on its longest side."""
+    import matplotlib
+
+    scale = longest / max(look.layout.size)
+    width, height = (max(1, round(side * scale)) for side in look.layout.size)
+    base = np.asarray(look.image.convert("RGB").resize((width, height)), np.float32)
+    if values is None:
+        return base.astype(np.uint8)
+    heat = _ranks(look.layout.heatmap(values, (width, height)))  # (h, w)
+    colour = 255 * matplotlib.colormaps[HEAT](heat)[..., :3]
+    alpha = (0.85 * heat**1.3)[..., None]
+    return (base + (colour - base) * alpha).round().astype(np.uint8)
 
 
 def _ranks(heat: np.ndarray) -> np.ndarray:

@@ -14,29 +14,37 @@ if TYPE_CHECKING:
 
     from sightline.looking import Look
 
+FIGURES = ("overlay", "words", "sinks", "heads")  # functions of `report.figures`
+
 
 def save(look: Look, out_dir: str | Path) -> dict[str, Path]:
     """Write the page, the figures and the numbers; returns name -> path.
 
-    Files: `report.html`, `look.json`; per run `overlay-N.png` and `words-N.png`, `sinks-N.png`, `heads-N.png`,
-    `masses-N.png` (N counts the runs from 0). A file is complete or absent: each is written beside its place, then
-    moved. Raises InputError when the folder cannot be written.
+    Files: `report.html`, `look.json`; per run `overlay-N.png`, `words-N.png`, `sinks-N.png`, `heads-N.png` (N counts the
+    runs from 0). Nothing is written before everything is made, and each file is written beside its place and then moved,
+    so that none is ever half there. Raises InputError when the folder cannot be written.
     """
-    from sightline.report import figures, page, summary
-
     folder = Path(out_dir)
-    made: dict[str, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made["report"] = _write(folder / "report.html", page.render(look).encode("utf-8"))
-        numbers = json.dumps(summary.to_json(look), ensure_ascii=False, indent=1, allow_nan=False)
-        made["json"] = _write(folder / "look.json", numbers.encode("utf-8", "replace"))
-        for index, run in enumerate(look.runs):
-            for name in ("overlay", "words", "sinks", "heads", "masses"):
-                figure = getattr(figures, name)(look, run)
-                made[f"{name}-{index}"] = _write(folder / f"{name}-{index}.png", _png(figure))
+        contents = _contents(look)
+        return {name: _write(folder / file, data) for name, (file, data) in contents.items()}
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+
+
+def _contents(look: Look) -> dict[str, tuple[str, bytes]]:
+    """name -> (file name, bytes) of everything that is written."""
+    from sightline.report import figures, page, summary
+
+    numbers = json.dumps(summary.to_json(look), ensure_ascii=False, indent=1, allow_nan=False)
+    made = {
+        "report": ("report.html", page.render(look).encode("utf-8")),
+        "json": ("look.json", numbers.encode("utf-8", "replace")),
+    }
+    for index, run in enumerate(look.runs):
+        for name in FIGURES:
+            made[f"{name}-{index}"] = (f"{name}-{index}.png", _png(getattr(figures, name)(look, run)))
     return made
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sightline.looking import Look, Run
 
-BUDGET = 4_000_000  # bytes of attention in one page, before base64
+BUDGET = 6_000_000  # bytes of attention in one page; base64 makes 8 MB of them
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class Plan:
 
 
 def plan(look: Look, budget: int = BUDGET) -> Plan:
-    """Every (layer, head) when that fits into `budget` bytes; else head means per layer, and the strongest heads alone.
-
-    When even one map per layer is too much, neighbouring layers are averaged.
+    """Every (layer, head) when that fits into `budget` bytes; else head means per layer, and the strongest heads alone
+    as far as there is room. When even one map per layer is too much, neighbouring layers are averaged.
     """
     _, layers, count, tokens = look.runs[0].rows.shape
     one = max(1, tokens * sum(len(run.words) + 1 for run in look.runs))  # bytes of one channel
@@ -53,7 +52,7 @@ def plan(look: Look, budget: int = BUDGET) -> Plan:
     width = -(-layers // max(1, min(layers, budget // one)))  # layers per map
     means = [Channel(i, min(i + width, layers), -1) for i in range(0, layers, width)]
     spare = budget // one - len(means)
-    alone = _strongest(look.runs, max(0, spare)) if width == 1 else []
+    alone = _strongest(look.runs, max(0, spare))
     return Plan(tuple(means + [Channel(i, i + 1, h) for i, h in alone]), False, _remark(width, len(alone), count))
 
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sightline.looking import Look, Run, Word
-    from sightline.report.summary import Heads
+    from sightline.report.summary import Heads, WordSummary
 
 PICTURE = 1024  # longest side of the embedded picture, pixels
+LONGEST = 600  # characters of one setting or note
 SCRIPTS = ("data.js", "maps.js", "draw.js", "app.js")
 
 
@@ -40,9 +41,10 @@ def render(look: Look, budget: int = pack.BUDGET) -> str:
     )  # fmt: skip
     env.filters["percent"] = percent
     scans = [heads(run) for run in look.runs]
-    return env.get_template("report.html.j2").render(
+    found = [words(look, run) for run in look.runs]
+    page = env.get_template("report.html.j2").render(
         look=look,
-        runs=[_panel(look, run, scan) for run, scan in zip(look.runs, scans, strict=True)],
+        runs=[_panel(*parts) for parts in zip(look.runs, scans, found, strict=True)],
         remark=plan.remark,
         settings=flat(plain(look.settings)),
         image_mass=IMAGE_MASS,
@@ -51,10 +53,11 @@ def render(look: Look, budget: int = pack.BUDGET) -> str:
         picture=picture_uri(look.image),
         style=Markup(style),
         script=Markup(script),
-        data=Markup(safe_json(_data(look, plan, scans))),
+        data=Markup(safe_json(_data(look, plan, scans, found))),
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
+    return page.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be written to a file
 
 
 def safe_json(value: Any) -> str:
@@ -62,7 +65,7 @@ def safe_json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be written
+    return text
 
 
 def percent(value: float) -> str:
@@ -117,10 +120,10 @@ def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [line for key, inner in value.items() for line in flat(inner, f"{name}.{key}" if name else str(key))]
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return [(name, shown)]
+    return [(name, shown if len(shown) <= LONGEST else shown[:LONGEST] + "… (whole in look.json)")]
 
 
-def _panel(look: Look, run: Run, scan: Heads) -> dict[str, Any]:
+def _panel(run: Run, scan: Heads, found: list[WordSummary]) -> dict[str, Any]:
     """What the template needs of one run."""
     layers = sink_layers(run)
     return {
@@ -129,7 +132,7 @@ def _panel(look: Look, run: Run, scan: Heads) -> dict[str, Any]:
         "dir": direction(run.answer),
         "answer": run.answer,
         "parts": segments(run.answer, run.words),
-        "words": words(look, run),
+        "words": found,
         "tokens": len(run.pieces),
         "seconds": run.seconds,
         "tau": run.tau,
@@ -154,7 +157,7 @@ def direction(text: str) -> str:
     return "rtl" if next(strong, "L") != "L" else "ltr"
 
 
-def _data(look: Look, plan: pack.Plan, scans: list[Heads]) -> dict[str, Any]:
+def _data(look: Look, plan: pack.Plan, scans: list[Heads], found: list[list[WordSummary]]) -> dict[str, Any]:
     """Everything the script reads."""
     import matplotlib
 
@@ -173,11 +176,11 @@ def _data(look: Look, plan: pack.Plan, scans: list[Heads]) -> dict[str, Any]:
         "channels": [[c.first, c.stop, c.head] for c in plan.channels],
         "groups": list(look.runs[0].groups),
         "palette": pack.text(palette.tobytes()),
-        "runs": [_run(look, i, plan, scan) for i, scan in enumerate(scans)],
+        "runs": [_run(look, i, plan, scan, found[i]) for i, scan in enumerate(scans)],
     }
 
 
-def _run(look: Look, index: int, plan: pack.Plan, scan: Heads) -> dict[str, Any]:
+def _run(look: Look, index: int, plan: pack.Plan, scan: Heads, found: list[WordSummary]) -> dict[str, Any]:
     run = look.runs[index]
     rows, scales = pack.pack_rows(run, plan.channels)
     phi, step = pack.pack_phi(run)
@@ -185,7 +188,8 @@ def _run(look: Look, index: int, plan: pack.Plan, scan: Heads) -> dict[str, Any]
     return {
         "title": title(run.label),
         "words": [w.text for w in run.words],
-        "probability": [round(w.probability, 4) for w in words(look, run, top=0)],
+        "probability": [round(w.probability, 4) for w in found],
+        "imageMass": [round(w.image_mass, 4) for w in found],
         "twin": twins(run.words, others[0].words) if others else [],
         "rows": pack.text(rows),
         "scales": pack.text(scales),

@@ -6,6 +6,7 @@ const panels = $$(".panel").map((root, i) => ({
 }));
 const headBoxes = $$(".headbox").map((root, i) => ({ canvas: $(".headmap", root), run: D.runs[i], cell: null }));
 const headTop = Math.max(0.05, ...D.runs.flatMap((run) => run.headMass));
+const wordTop = Math.max(1e-6, ...D.runs.flatMap((run) => run.imageMass));
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
 // The word a panel shows: -1 the whole answer, null when the other answer's word has no counterpart here.
@@ -36,6 +37,12 @@ function describe(panel, word) {
     + ` · φ ${phi.toFixed(1)}${state.layer < 0 ? " at most" : ""}${sink ? ", a sink" : ""}`;
 }
 
+function reveal(button) { // long answers scroll inside their box; the page itself stays
+  const box = button.parentElement, top = button.offsetTop, bottom = top + button.offsetHeight;
+  if (top < box.scrollTop) box.scrollTop = top - 8;
+  else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight + 8;
+}
+
 function render() {
   panels.forEach((panel, i) => {
     const word = wordOf(i), pieces = cutOf(state.crop);
@@ -48,6 +55,8 @@ function render() {
       button.setAttribute("aria-pressed", String(w === word));
       button.tabIndex = w === Math.max(0, word ?? 0) ? 0 : -1;
     });
+    if (word !== null && word >= 0 && panel.shown !== word) reveal(panel.words[word]);
+    panel.shown = word;
     panel.readout.textContent = describe(panel, word);
     panel.caption.textContent = panel.run.words.length ? `Attention by layer · ${word === null ? "no counterpart" : word < 0 ? "whole answer" : `“${panel.run.words[word]}”`}${D.full && state.head >= 0 ? ` · head ${state.head}` : ""}` : "";
     if (panel.run.words.length && word !== null) drawBars(panel.bars, panel.run, state, word, (l) => set({ layer: l === state.layer ? -1 : l }));
@@ -101,7 +110,7 @@ function moveWord(step) {
   const n = D.runs[state.run].words.length;
   if (!n) return;
   set({ word: state.word < 0 ? (step > 0 ? 0 : n - 1) : (state.word + step + n) % n });
-  if (document.activeElement?.classList.contains("word")) requestAnimationFrame(() => panels[state.run].words[state.word].focus());
+  if (document.activeElement?.classList.contains("word")) panels[state.run].words[state.word].focus({ preventScroll: true });
 }
 function moveHead(step) {
   const heads = [-1, ...headsAt(state.layer)];
@@ -125,12 +134,11 @@ document.addEventListener("keydown", (event) => {
 });
 
 panels.forEach((panel, i) => {
+  panel.stage.style.maxWidth = `calc(66vh * ${D.size[0] / D.size[1]})`; // tall pictures stay on the screen
   panel.words.forEach((button, w) => {
     button.addEventListener("click", () => set(state.run === i && state.word === w ? { word: -1 } : { run: i, word: w }));
     button.addEventListener("focus", () => { if (state.run !== i && state.word >= 0 && wordOf(i) === w) set({ run: i, word: w }); else if (state.word < 0) set({ run: i }); });
-    let on = 0;
-    for (let l = 0; l < L; l++) { const m = masses(panel.run, w, l, -1); D.groups.forEach((g, k) => { if (/image|visual/.test(g)) on += m[k] / L; }); }
-    button.style.setProperty("--mass", on.toFixed(3));
+    button.style.setProperty("--mass", panel.run.imageMass[w] / wordTop);
   });
   const point = (event) => {
     const box = panel.stage.getBoundingClientRect();

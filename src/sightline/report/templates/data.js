@@ -1,7 +1,11 @@
 // What the page was given: decoded once.
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+function bytes(base64) {
+  const text = atob(base64), out = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) out[i] = text.charCodeAt(i);
+  return out;
+}
 const D = JSON.parse($("#data").textContent);
 const V = D.boxes.length, C = D.channels.length, L = D.layers, H = D.heads, G = D.groups.length;
 const PALETTE = bytes(D.palette); // 256 x RGB

@@ -52,16 +52,17 @@ function svg(name, attributes, parent, text) {
 
 // Stacked bars: where the attention of the chosen word goes, layer by layer.
 function drawBars(holder, run, state, word, pick) {
-  const width = 560, height = 120, left = 30, bottom = 18, top = 4, step = (width - left) / L, tall = height - bottom - top;
+  const width = Math.max(200, holder.clientWidth), height = 124, left = 36, bottom = 18, top = 6, step = (width - left) / L, tall = height - bottom - top;
   let root = holder.firstChild;
-  if (!root) {
+  if (!root || root.viewBox.baseVal.width !== width) { // first time, or the window has changed
+    root?.remove();
     root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" }, holder);
     for (const share of [0, 0.5, 1]) {
       const y = top + tall * (1 - share);
       svg("line", { x1: left, x2: width, y1: y, y2: y, class: "grid" }, root);
       svg("text", { x: left - 5, y: y + 3.5, "text-anchor": "end" }, root, `${100 * share}%`);
     }
-    const every = Math.ceil(L / 16);
+    const every = Math.ceil(22 / step);
     for (let l = 0; l < L; l++) {
       const bar = svg("g", { class: "bar", "data-layer": l }, root);
       for (let g = 0; g < G; g++)
@@ -71,7 +72,7 @@ function drawBars(holder, run, state, word, pick) {
       if (l % every === 0) svg("text", { x: left + (l + 0.5) * step, y: height - 4, "text-anchor": "middle" }, bar, String(l));
     }
   }
-  let spoken = [];
+  const spoken = [];
   for (const bar of $$("g.bar", root)) {
     const l = Number(bar.dataset.layer), mass = masses(run, word, l, state.head), parts = $$("rect", bar);
     let y = top + tall;
@@ -88,7 +89,7 @@ function drawBars(holder, run, state, word, pick) {
   root.setAttribute("aria-label", "Attention by group: " + D.groups.map((name, g) => `${name} ${percent(mean(g))}`).join(", "));
 }
 
-// L x H map of the mass on the picture; returns nothing, cells are found again by position.
+// L x H map of the mass on the picture; returns the size of a cell, by which a click finds its head.
 function drawHeads(canvas, run, state, top) {
   const dpr = window.devicePixelRatio || 1, wide = canvas.clientWidth || 300;
   const size = Math.max(3, Math.min(44, Math.floor((wide - 26) / H)));
@@ -107,9 +108,11 @@ function drawHeads(canvas, run, state, top) {
       g.fillStyle = run.headMass[i] / top > 0.6 ? "#000" : "#fff";
       g.beginPath(); g.arc(x + (size - 1) / 2, y + (rowTall - 1) / 2, Math.min(2.2, size / 5), 0, 7); g.fill();
     }
-    if (state.layer === l && (state.head === h || state.head < 0)) {
-      g.strokeStyle = "#5ff2ff"; g.lineWidth = 1.5; g.strokeRect(x + 0.5, y + 0.5, size - 2, rowTall - 2);
-    }
+  }
+  if (state.layer >= 0 || state.head >= 0) { // frame the chosen row, column or head
+    const x = 26 + Math.max(0, state.head) * size, y = Math.max(0, state.layer) * rowTall;
+    g.strokeStyle = "#5ff2ff"; g.lineWidth = 2;
+    g.strokeRect(x, y, state.head < 0 ? H * size - 1 : size - 1, state.layer < 0 ? L * rowTall - 1 : rowTall - 1);
   }
   g.fillStyle = ink;
   g.textAlign = "right";

@@ -45,11 +45,15 @@ class Run:
     probability: np.ndarray  # (T,) float32, of the chosen token
     rows: np.ndarray  # (T, L, H, V) float16: attention (after the systems' edits) of the row that produced token t
     masses: np.ndarray  # (T, L, H, G) float32: attention mass on each group of `groups`; sums to 1 over G
-    groups: tuple[str, ...]  # names of the G groups, e.g. ("start", "before", "image", "visual sink", "after", "generated")
+    groups: tuple[
+        str, ...
+    ]  # names of the G groups, e.g. ("start", "before", "image", "visual sink", "after", "generated")
     phi: np.ndarray  # (L, V) float32: sink value of every visual token at the input of every layer
     tau: float  # the threshold on phi that makes a token a sink
     sinks: tuple[np.ndarray, ...]  # per layer: indices (0..V-1) of the visual sinks
-    text_sinks: tuple[tuple[tuple[int, str], ...], ...]  # per layer: (position, token text) of the sinks outside the image
+    text_sinks: tuple[
+        tuple[tuple[int, str], ...], ...
+    ]  # per layer: (position, token text) of the sinks outside the image
     seconds: float  # wall time of the generation
     notes: dict[str, Any] = field(default_factory=dict)  # per system slug: what it did, as numbers (attached.report())
 

@@ -149,7 +149,11 @@ class Recorder(System):
         """(B, N, G) fp32 group membership of the prompt at this layer; made at prefill."""
         if site.prefill or ("member", site.layer) not in site.state:
             tokens = seen.tokens
-            sink = tokens.visual & (seen.phi[site.layer] > site.setup["tau"]) if seen.phi else torch.zeros_like(tokens.visual)
+            sink = (
+                tokens.visual & (seen.phi[site.layer] > site.setup["tau"])
+                if seen.phi
+                else torch.zeros_like(tokens.visual)
+            )
             groups = [
                 tokens.where(Role.START),
                 tokens.where(Role.BEFORE),
@@ -245,4 +249,6 @@ def record(
     Raises:
         SizeError: the recording would pass `limit_mb`; before the work where the size is known beforehand.
     """
-    return Recorder(image_rows=image_rows, sinks=sinks, maps=maps, tower=tower, tau=tau, sink_dims=sink_dims, limit_mb=limit_mb)
+    return Recorder(
+        image_rows=image_rows, sinks=sinks, maps=maps, tower=tower, tau=tau, sink_dims=sink_dims, limit_mb=limit_mb
+    )

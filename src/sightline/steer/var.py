@@ -138,8 +138,12 @@ class VAR(System):
         high=1,
     )
     summ: float = param(0.2, "edit a row only if its attention on the image is at least this", low=0, high=1)
-    tau: float | None = param(None, "a token is a sink when phi exceeds this; none: 20 (narrow models: 0.31 sqrt(D))", low=0)
-    sink_dims: tuple[int, ...] | None = param(None, "sink dimensions; none: the known table, or found at the start token")
+    tau: float | None = param(
+        None, "a token is a sink when phi exceeds this; none: 20 (narrow models: 0.31 sqrt(D))", low=0
+    )
+    sink_dims: tuple[int, ...] | None = param(
+        None, "sink dimensions; none: the known table, or found at the start token"
+    )
     first_layer: int = param(2, "first decoder layer that is edited (0-based)", low=0)
     skip_last_layer: bool = param(True, "leave the last decoder layer alone (the paper; the released code edits it)")
 
@@ -154,7 +158,9 @@ class VAR(System):
         check_tau(tau, shape.hidden_size)
         dims = sink_dims_of(shape, tau) if self.sink_dims is None else tuple(self.sink_dims)
         if not dims:
-            warnings.warn(f"no sink dimension at tau={tau:g}: this model shows no sinks, VAR changes nothing", stacklevel=2)
+            warnings.warn(
+                f"no sink dimension at tau={tau:g}: this model shows no sinks, VAR changes nothing", stacklevel=2
+            )
         last = shape.layers - 1 if self.skip_last_layer else shape.layers
         return {"dims": dims, "tau": tau, "layers": range(self.first_layer, last)}
 

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sightline import scenes
 from sightline.errors import ParameterError, UnknownNameError
@@ -146,6 +148,13 @@ def test_every_kind_in_every_colour_shows_that_colour_and_no_other(kind):
     assert len(seen) == 8
 
 
+def test_objects_of_a_few_pixels_are_dropped():
+    plans = [_plan("book", "red", 0.3, 0.3, 0.026, 0.03, "small"), _plan("book", "red", 0.6, 0.3, 0.05, 0.06, "small")]
+    kept = plans[1]
+    drawing._drop_hidden(plans, 336, 3)
+    assert plans == [kept]
+
+
 def test_front_objects_own_the_pixels():
     plans = [_plan("book", "red", 0.3, 0.3, 0.2, 0.24), _plan("ball", "blue", 0.42, 0.40, 0.15, 0.15)]
     _, owners, _ = drawing._drop_hidden(plans, 336, 3)
@@ -169,6 +178,16 @@ def test_marks_lie_on_their_objects_and_show_their_colour():
             if thing.mark not in ("white", "black"):
                 assert min(light, key=light.get) == thing.mark
     assert found > 20
+
+
+@pytest.mark.parametrize(("x", "shown"), [(0.70, True), (0.41, False)])
+def test_a_mark_is_drawn_only_where_it_shows(x, shown):
+    """A ball in front of a cat's mark hides it; beside the cat it does not."""
+    marked = replace(_plan("cat", "red", 0.3, 0.3, 0.3, 0.35), mark="blue")
+    plans = [marked, _plan("ball", "green", x, 0.52, 0.12, 0.12)]
+    inked, owners, _ = drawing._drop_hidden(plans, 336, 3)
+    boxes = drawing._paint(Image.new("RGB", (336, 336)), plans, inked, owners, 336, 0.0)
+    assert (boxes[0] is not None) is shown
 
 
 def _angle(a, b):

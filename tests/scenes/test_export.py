@@ -141,6 +141,14 @@ def test_foreign_files_are_never_overwritten(tmp_path, form, name):
     assert _content(tmp_path) == {name: b"mine"}
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"made_by": "another", "files": {}}', '{"made_by": "sightline.scenes"}'])
+def test_manifest_of_another_program(tmp_path, text):
+    (tmp_path / "sightline-scenes.json").write_text(text)
+    with pytest.raises(InputError, match="another folder"):
+        export.llava(SEEDS[:1], tmp_path)
+    assert (tmp_path / "sightline-scenes.json").read_text() == text
+
+
 def test_own_files_changed_by_hand_are_kept(tmp_path):
     (path,) = export.llava(SEEDS[:2], tmp_path)
     path.write_text("[]")

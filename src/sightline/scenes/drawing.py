@@ -142,7 +142,7 @@ def _shadows(plans: list[_Plan], side: int, lean: float) -> Image.Image:
 
 
 def _mark(canvas: Image.Image, plan: _Plan, k: int, owners: np.ndarray, side: int):
-    """Paint the mark of a plan if all of it is visible; its box in supersampled pixels, or None."""
+    """Paint the mark of a plan if nearly all of it shows on the object; its box in supersampled pixels, or None."""
     u, v = KINDS[plan.kind].spot
     x, y = (plan.x + (1 - u if plan.flip else u) * plan.w) * side, (plan.y + v * plan.h) * side
     r = MARK * side

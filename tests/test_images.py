@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
@@ -18,9 +18,6 @@ from PIL import Image, ImageCms
 from sightline import images
 from sightline.errors import InputError
 from sightline.images import open_image
-
-settings.register_profile("no deadline", deadline=None)  # a shared machine is slow at times
-settings.load_profile("no deadline")
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 pixels = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=24).map(lambda s: (*s, 3)))

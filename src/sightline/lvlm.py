@@ -1,0 +1,182 @@
+"""A loaded vision-language model: its prompt form, its inputs, its answers. Made by `sightline.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sightline.errors import InputError, ParameterError
+from sightline.images import Picture, open_image
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+    from sightline.engine.system import System
+    from sightline.hosts import Host
+
+MAX_QUESTION = 8192  # bytes of UTF-8, about 2000 tokens
+MAX_NEW_TOKENS = 4096
+
+# For processors without a chat template: the pictures, then the question, one line each.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{PLACEHOLDER}{% else %}{{ c['text'] }}{% endif %}{{ '\\n' }}{% endfor %}{% endfor %}"
+)
+
+
+def check_question(question: str) -> str:
+    """The question without surrounding blanks; InputError when it is empty, longer than 8 kB or no text."""
+    if not isinstance(question, str):
+        raise InputError(f"question {question!r} is of type {type(question).__name__}: give text")
+    length = len(question.encode("utf-8", "surrogatepass"))
+    if length > MAX_QUESTION:
+        raise InputError(f"the question is {length} bytes long (it begins {question[:40]!r}): at most {MAX_QUESTION}")
+    if not question.strip():
+        raise InputError(f"the question {question!r} is empty: ask something, for example 'What is in the picture?'")
+    return question.strip()
+
+
+def check_max_new_tokens(count: int) -> int:
+    """`count` when it is a whole number in [1, 4096]; ParameterError otherwise."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_NEW_TOKENS:
+        raise ParameterError(
+            f"max_new_tokens={count!r} is out of range: choose a whole number in [1, {MAX_NEW_TOKENS}]"
+        )
+    return count
+
+
+@dataclass(frozen=True)
+class LVLM:
+    """A vision-language model with its processor. `model` is the plain transformers model; attach systems to it."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    host: Host
+    name: str  # as given to `load`
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def inputs(self, images: Any, questions: str | Sequence[str]) -> BatchFeature:
+        """Model inputs for a batch of B questions, left-padded, on the model's device.
+
+        The chat template of the processor is used when it has one, else "<image>\\n" per picture and the question.
+
+        Args:
+            images: one picture for all questions, or a list with one entry per question; an entry is a picture, a list
+                of pictures, or None. Pictures are whatever `sightline.images.open_image` reads.
+            questions: one question (asked of every entry), or a list.
+
+        Raises:
+            InputError: a picture or question cannot be used, their numbers differ, or a prompt exceeds the context.
+        """
+        rows, asked = _pair(images, questions)
+        for question in asked:
+            self._check_placeholders(question)
+        conversations = [[_message(row, question)] for row, question in zip(rows, asked, strict=True)]
+        has_template = getattr(self.processor, "chat_template", None) is not None
+        batch = self.processor.apply_chat_template(
+            conversations,
+            chat_template=None if has_template else PLAIN_TEMPLATE.replace("{PLACEHOLDER}", self.processor.image_token),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        self._check_context(batch["input_ids"].shape[1], 0)
+        return batch.to(self.device, self.dtype)
+
+    def ask(
+        self,
+        images: Any,
+        questions: str | Sequence[str],
+        *,
+        systems: Sequence[System] = (),
+        max_new_tokens: int = 64,
+        **generate_kwargs: Any,
+    ) -> str | list[str]:
+        """Answer a question about a picture, or a batch of them; greedy unless `generate_kwargs` say otherwise.
+
+        Args:
+            images, questions: as in `inputs`.
+            systems: what to attach while generating, for example `[sl.steer.VAR()]`.
+            max_new_tokens: in [1, 4096].
+            generate_kwargs: for `model.generate`, for example num_beams or do_sample.
+
+        Returns:
+            The answer; a list of answers when a list was given or several sequences per question were asked for.
+        """
+        import torch
+
+        check_max_new_tokens(max_new_tokens)
+        batch = self.inputs(images, questions)
+        length = batch["input_ids"].shape[1]
+        self._check_context(length, max_new_tokens)
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
+        with self._attached(systems), torch.inference_mode():
+            ids = self.model.generate(**batch, **options)  # (B, length + new)
+        answers = [text.strip() for text in self.processor.batch_decode(ids[:, length:], skip_special_tokens=True)]
+        single = isinstance(questions, str) and not _is_batch(images) and len(answers) == 1
+        return answers[0] if single else answers
+
+    def _attached(self, systems: Sequence[System]) -> AbstractContextManager:
+        if not systems:  # so that `ask` also works while the caller has systems attached
+            return nullcontext()
+        from sightline.engine.attach import attach
+
+        return attach(self.model, *systems, host=self.host)
+
+    def _check_placeholders(self, question: str) -> None:
+        for name in ("image_token", "boi_token", "video_token"):
+            token = getattr(self.processor, name, None)
+            if token and str(token) in question:
+                raise InputError(f"the question contains {str(token)!r}, which stands for a picture: leave it out")
+
+    def _check_context(self, length: int, new: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and length + new > limit:
+            asked = f"{length} tokens with its pictures" + (f" and {new} new ones are asked for" if new else "")
+            raise InputError(
+                f"the prompt has {asked}, but {self.name!r} holds {limit}: shorten the question, "
+                "give fewer or smaller pictures, or ask for fewer new tokens"
+            )
+
+
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, list | tuple)
+
+
+def _pair(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Image]], list[str]]:
+    """B rows of opened pictures and B checked questions."""
+    asked = [questions] if isinstance(questions, str) else list(questions)
+    entries = list(images) if _is_batch(images) else [images] * len(asked)
+    if len(asked) == 1:
+        asked *= len(entries)
+    if not asked or len(entries) != len(asked):
+        raise InputError(
+            f"{len(entries)} entries of images for {len(asked)} questions: give one per question "
+            "(for several pictures in one question, a list in the list: [[first, second]])"
+        )
+    asked = [check_question(question) for question in asked]
+    return [_open_row(entry) for entry in entries], asked
+
+
+def _open_row(entry: Picture | Sequence[Picture] | None) -> list[Image]:
+    if entry is None:
+        return []
+    return [open_image(one) for one in entry] if isinstance(entry, list | tuple) else [open_image(entry)]
+
+
+def _message(images: list[Image], question: str) -> dict[str, Any]:
+    content = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}

@@ -1,6 +1,6 @@
 """What VAR and `record` cost on `generate`: interleaved rounds on one random LLaVA-shaped model, ratios of medians.
 
-    python benchmarks/lvlm.py [--rounds 7] [--device cpu|cuda] [--layers 8] [--json out.json]
+    python -m benchmarks.lvlm [--rounds 7] [--device cpu|cuda] [--layers 8] [--json out.json]
 
 Model: decoder of 8 layers x 1024, 16 heads, 576 image + 64 text tokens, 32 new tokens. Its tower is made tiny on purpose:
 nothing hides what the decoder pays. VAR's threshold is set so that each layer has a few sinks and every row is edited.
@@ -21,11 +21,10 @@ import torch
 import transformers as tf
 
 import sightline as sl
+from benchmarks.memory import peak_bytes
+from benchmarks.reference import naive_var
 from sightline.engine.attention import Call, Edit, attend
 from sightline.steer.var import VAR, factors, group_members
-
-sys.path.insert(0, str(Path(__file__).parent))
-from reference import naive_var  # noqa: E402
 
 IMAGE, GRID, TEXT, NEW = 32000, 24, 64, 32
 
@@ -120,9 +119,6 @@ def generate_costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def peak_memory(device: str, tokens: int = 4096, heads: int = 16, dim: int = 64) -> dict[str, float]:
     """Largest extra memory of VAR's rows on one attention call of N tokens, against the full matrix (fp32), in MB."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from memory import peak_bytes
-
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, tokens, dim, generator=generator).to(device) for _ in range(3))
     visual = torch.zeros(1, tokens, dtype=torch.bool, device=device)

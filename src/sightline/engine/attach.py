@@ -66,6 +66,7 @@ class _Worker:
 
     system: System
     setup: Any
+    stations: frozenset[str]  # where it acts; empty when its parameters make it change nothing
     tally: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -79,7 +80,7 @@ class Attachment:
         self.host = host or find(model)
         check(model, self.host)
         shape = shape_of(model, self.host)
-        self.workers = [_Worker(s, s.prepare(shape)) for s in systems]
+        self.workers = [_worker(s, shape) for s in systems]
         self.sequences = Sequences(
             self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None)
         )
@@ -110,7 +111,7 @@ class Attachment:
     def _enter(self) -> None:
         self.model.__dict__[MARK] = self
         self._undo.callback(self.model.__dict__.pop, MARK, None)
-        used = {station for w in self.workers if not w.system.idle() for station in w.system.stations()}
+        used = {station for w in self.workers for station in w.stations}
         if "vision_attention" in used:
             self._take_seats("vision", self.tower_attention())
         if "pixels" in used:
@@ -168,7 +169,7 @@ class Attachment:
         sequence = self.sequences.current if tower == "text" else None
         results = []
         for i, worker in enumerate(self.workers):
-            if station not in worker.system.stations() or worker.system.idle():
+            if station not in worker.stations:
                 continue
             site = self._site(i, worker, sequence, tower, layer, layers, heads)
             found = getattr(worker.system, station)(site, *args)
@@ -180,7 +181,7 @@ class Attachment:
         """Pass a tensor through a station of every system in turn; None when none changed it."""
         changed = None
         for i, worker in enumerate(self.workers):
-            if station not in worker.system.stations() or worker.system.idle():
+            if station not in worker.stations:
                 continue
             site = self._site(i, worker, self.sequences.current if tower == "text" else None, tower, layer, layers, 0)
             found = getattr(worker.system, station)(site, value if changed is None else changed)
@@ -247,6 +248,11 @@ class Attachment:
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def _worker(system: System, shape: Shape) -> _Worker:
+    setup = system.prepare(shape)
+    return _Worker(system, setup, frozenset() if system.idle() else frozenset(system.stations()))
 
 
 def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:

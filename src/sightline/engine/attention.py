@@ -31,6 +31,7 @@ class Call:
     mask: Tensor | None  # (B|1, H|1, Q, K) bool (True = attend) or additive float; None: `causal` rules
     causal: bool  # with no mask: query i sees keys 0..i
     scale: float
+    weights: bool = False  # the host's kernel returns the weights too, and they are wanted
 
     @property
     def queries(self) -> int:
@@ -84,12 +85,15 @@ def attend(
     """
     queries = call.queries
     touched = _union(edits, queries)
-    if touched and touched == (0, 1) == (0, queries) and all(e.rows is None for e in edits):
+    decoding = touched and touched == (0, 1) == (0, queries) and not call.weights
+    if decoding and all(e.rows is None for e in edits) and not all(_only_gain(e) for e in edits):
         output, weights = call.query.new_empty(call.query.shape[0], 1, call.query.shape[1], call.value.shape[-1]), None
     else:
         output, weights = plain()
         output = output.clone() if touched and output.requires_grad else output
-    if touched and not probes and all(_only_bias_or_gain(e) for e in edits):
+        weights = weights.clone() if touched and weights is not None and weights.requires_grad else weights
+    cheap = _only_gain if weights is not None else _only_bias_or_gain  # a bias would show in the weights
+    if touched and not probes and all(cheap(e) for e in edits):
         _write(output, call, edits, touched, lambda a, b: _biased_output(call, edits, a, b))
         return output, weights
     whole = _union([*edits, *probes], queries)
@@ -258,7 +262,9 @@ def _biased_output(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor 
 def _write(output: Tensor, call: Call, edits: Sequence[Edit], span: tuple[int, int], compute) -> None:
     for a, b in _chunks(call, span):
         new = compute(a, b)
-        _put(output, output[:, a:b] if new is None else new, edits, a, b, call.queries)
+        if new is None:  # a gain alone; autograd may need the rows as they were
+            new = output[:, a:b].clone() if torch.is_grad_enabled() else output[:, a:b]
+        _put(output, new, edits, a, b, call.queries)
 
 
 def _put(output: Tensor, new: Tensor, edits: Sequence[Edit], a: int, b: int, queries: int) -> None:
@@ -306,13 +312,17 @@ def _bias(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor | None:
         bias = F.pad(bias.expand(-1, -1, hi - lo, -1), (0, call.keys - bias.shape[-1], lo - a, b - hi))
         if edit.rows is not None:
             rows = F.pad(edit.rows[:, lo - edit.start : hi - edit.start], (lo - a, b - hi))
-            bias = bias * rows[:, None, :, None]
+            bias = bias.masked_fill(~rows[:, None, :, None], 0.0)  # not a product: the bias may be -inf
         total = bias if total is None else total + bias
     return total
 
 
 def _only_bias_or_gain(edit: Edit) -> bool:
     return edit.factors is None and edit.rewrite is None
+
+
+def _only_gain(edit: Edit) -> bool:
+    return _only_bias_or_gain(edit) and edit.bias is None
 
 
 def _overlap(span: Edit | Probe, a: int, b: int, queries: int) -> tuple[int, int]:

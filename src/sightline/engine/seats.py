@@ -160,7 +160,8 @@ def attention_function(
     else:
         key_now, value_now = key, value
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return seat.run(Call(query, key_now, value_now, attention_mask, causal, scale), plain)
+    shown = seat.plain == "eager"
+    return seat.run(Call(query, key_now, value_now, attention_mask, causal, scale, shown), plain)
 
 
 def _intercept(module: nn.Module, seat: Seat, undo: ExitStack) -> None:

@@ -62,10 +62,8 @@ class Sequences:
                     "a prompt came as inputs_embeds: give input_ids, so that image tokens can be told from text"
                 )
             ids = given["inputs_embeds"].new_full(given["inputs_embeds"].shape[:2], -2, dtype=torch.long)
-        if past == 0:
-            sequence = self._start(given, ids, mask, cache)
-        else:
-            sequence = self._continue(known, ids, mask, past)
+        start = past == 0
+        sequence = self._start(given, ids, mask, cache) if start else self._continue(known, ids, mask, past)
         sequence.queries = ids.shape[1]
         sequence.step += 1
         if cache is not None:

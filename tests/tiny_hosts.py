@@ -14,12 +14,13 @@ from typing import Any
 import transformers as tf
 from transformers.models.smolvlm import processing_smolvlm
 
-from tests.tiny_parts import TinyHost, chat_template, finish, make_tokenizer, picture, text_config, tower_config
+from tests.tiny_parts import TinyHost, chat_template, finish, make_tokenizer, picture, seeded, text_config, tower_config
 from tests.tiny_vits import TINY_VITS, TinyViT
 
 __all__ = ["TINY", "TINY_VITS", "TinyHost", "TinyViT", "picture"]
 
 
+@seeded
 def llava() -> TinyHost:
     """CLIP tower with CLS, 48 pixels in patches of 8: 6 x 6 tokens; Llama decoder without grouped heads."""
     tokenizer = make_tokenizer({"image_token": "<image>"})
@@ -40,6 +41,7 @@ def llava() -> TinyHost:
     return finish("llava", tf.LlavaForConditionalGeneration(config), processor)
 
 
+@seeded
 def llava_next() -> TinyHost:
     """CLIP tower, crops of 32 pixels in patches of 8; 16 base tokens and up to 64 + 8 of the crops; Mistral decoder."""
     tokenizer = make_tokenizer({"image_token": "<image>"})
@@ -63,6 +65,7 @@ def llava_next() -> TinyHost:
     return finish("llava_next", tf.LlavaNextForConditionalGeneration(config), processor)
 
 
+@seeded
 def llava_onevision() -> TinyHost:
     """SigLIP tower without CLS, crops of 32 pixels, up to 3 x 3 crops but at most 4 crops' worth of tokens; Qwen2."""
     tokenizer = make_tokenizer({"image_token": "<image>", "video_token": "<video>"})
@@ -102,6 +105,7 @@ def qwen_ids(tokenizer: Any) -> dict[str, int]:
     return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
 
 
+@seeded
 def qwen2_vl() -> TinyHost:
     """Qwen2-VL: like Qwen2.5-VL with full attention in every tower layer."""
     tokenizer = make_tokenizer(QWEN_TOKENS)
@@ -124,6 +128,7 @@ def qwen2_vl() -> TinyHost:
     return finish("qwen2_vl", model, processor, placeholder=QWEN_PLACEHOLDER)
 
 
+@seeded
 def qwen2_5_vl() -> TinyHost:
     """Patches of 8 merged 2 x 2, 4 to 24 tokens; windows of 2 x 2 tokens in tower layer 0, none in layer 1."""
     tokenizer = make_tokenizer(QWEN_TOKENS)
@@ -154,6 +159,7 @@ def qwen2_5_vl() -> TinyHost:
     return finish("qwen2_5_vl", model, processor, placeholder=QWEN_PLACEHOLDER)
 
 
+@seeded
 def qwen3_vl() -> TinyHost:
     """Patches of 8 merged 2 x 2, 4 to 24 tokens; DeepStack from tower layers 0 and 1 into decoder layers 0 and 1."""
     tokenizer = make_tokenizer(QWEN_TOKENS)
@@ -187,6 +193,7 @@ def qwen3_vl() -> TinyHost:
     return finish("qwen3_vl", model, processor, placeholder=QWEN_PLACEHOLDER)
 
 
+@seeded
 def internvl() -> TinyHost:
     """InternViT with CLS, tiles of 48 pixels: 6 x 6 patches, shuffled to 3 x 3 tokens; up to 6 tiles + thumbnail."""
     tokenizer = make_tokenizer(
@@ -225,6 +232,7 @@ IDEFICS_TOKENS = {
 IDEFICS_TILES = tuple(f"<row_{r + 1}_col_{c + 1}>" for r in range(3) for c in range(3))
 
 
+@seeded
 def idefics3() -> TinyHost:
     """SigLIP-like tower, tiles of 48 pixels, 6 x 6 patches shuffled to 3 x 3 tokens; up to 2 x 2 tiles + the whole."""
     tokenizer = make_tokenizer(IDEFICS_TOKENS, IDEFICS_TILES)
@@ -244,6 +252,7 @@ def idefics3() -> TinyHost:
     return finish("idefics3", tf.Idefics3ForConditionalGeneration(config), processor, nested=True)
 
 
+@seeded
 def smolvlm() -> TinyHost:
     """Tiles of 48 pixels, 6 x 6 patches shuffled by 3 to 2 x 2 tokens; up to 3 x 3 tiles and the whole."""
     tokenizer = make_tokenizer({**IDEFICS_TOKENS, "video_token": "<video>"}, IDEFICS_TILES)
@@ -266,6 +275,7 @@ def smolvlm() -> TinyHost:
     return finish("smolvlm", tf.SmolVLMForConditionalGeneration(config), processor, nested=True)
 
 
+@seeded
 def gemma3(pan_and_scan: bool = False) -> TinyHost:
     """SigLIP tower, 6 x 6 patches pooled to 3 x 3 tokens; sliding layers of window 16 alternate with full ones."""
     tokenizer = make_tokenizer(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -97,6 +98,18 @@ class TinyHost:
             return_tensors="pt",
             text_kwargs={"padding": True, "padding_side": padding_side},
         )
+
+
+def seeded(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a factory under a fixed seed, leaving the caller's random state alone."""
+
+    @wraps(make)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return make(*args, **kwargs)
+
+    return build
 
 
 def randomize(model: torch.nn.Module, seed: int, embedding_std: float = 1.0) -> None:

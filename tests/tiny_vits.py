@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from tests.tiny_parts import randomize, tower_config
+from tests.tiny_parts import randomize, seeded, tower_config
 
 
 @dataclass
@@ -33,16 +33,19 @@ class TinyViT:
         return self.processor(images=images, return_tensors="pt")
 
 
+@seeded
 def clip_vit() -> TinyViT:
     model = tf.CLIPVisionModel(tower_config(tf.CLIPVisionConfig, 48))
     return vit("clip", model, tf.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}))
 
 
+@seeded
 def siglip_vit() -> TinyViT:
     model = tf.SiglipVisionModel(tower_config(tf.SiglipVisionConfig, 48))
     return vit("siglip", model, tf.SiglipImageProcessor(size={"height": 48, "width": 48}))
 
 
+@seeded
 def dinov2_vit(registers: int = 0) -> TinyViT:
     kinds = (
         (tf.Dinov2WithRegistersConfig, tf.Dinov2WithRegistersModel) if registers else (tf.Dinov2Config, tf.Dinov2Model)
@@ -53,10 +56,10 @@ def dinov2_vit(registers: int = 0) -> TinyViT:
     return vit("dinov2_registers" if registers else "dinov2", kinds[1](config), processor)
 
 
+@seeded
 def timm_vit(registers: int = 0) -> TinyViT:
     from timm.models.vision_transformer import VisionTransformer
 
-    torch.manual_seed(0)
     model = VisionTransformer(
         img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5, reg_tokens=registers
     )

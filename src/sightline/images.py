@@ -20,6 +20,9 @@ from sightline.errors import InputError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
+SOFTWARE = (
+    "sightline scenes"  # the note that pictures of the generated world carry; everything else may be a photograph
+)
 MIN_SIDE = 2  # pixels; a single pixel holds no place to look at
 MAX_SIDE = 16384  # pixels
 MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
@@ -167,7 +170,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     rgb = image.convert("RGB")
-    rgb.info = {}
+    software = image.info.get("Software")
+    rgb.info = {"Software": software} if software == SOFTWARE else {}
     return rgb
 
 

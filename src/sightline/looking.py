@@ -234,8 +234,11 @@ def _settings(lvlm: LVLM, systems: Sequence[System], max_new_tokens: int, seed: 
 
 
 def _warnings(lvlm: LVLM, picture: Image.Image, runs: Sequence[Run]) -> tuple[str, ...]:
+    from sightline.images import SOFTWARE
+    from sightline.loading import BUNDLED
+
     lines = []
-    if lvlm.name == "tiny" and "sightline" not in picture.info:
+    if lvlm.name in BUNDLED and picture.info.get("Software") != SOFTWARE:
         lines.append(
             "The bundled model knows only sightline's generated world of simple drawings; for a photograph name a real "
             "model, for example --model llava-hf/llava-1.5-7b-hf"

@@ -196,3 +196,15 @@ def test_command_export(tmp_path):
     assert _content(tmp_path / "a") == _content(tmp_path / "b")
     assert isinstance(_run("export", "--format", "yolo", "--out", tmp_path).exception, UnknownNameError)
     assert isinstance(_run("export", "--split", "dev", "--out", tmp_path).exception, UnknownNameError)
+
+
+def test_a_picture_says_that_it_comes_from_the_generated_world(tmp_path: Path) -> None:
+    from sightline.images import SOFTWARE, open_image
+
+    scene = scenes.draw(3)
+    assert open_image(scene.image).info == {"Software": SOFTWARE}
+    export.coco([scene], tmp_path)
+    (path,) = tmp_path.rglob("*.png")
+    assert open_image(path).info == {"Software": SOFTWARE}
+    scene.image.convert("L").convert("RGB").save(tmp_path / "photo.png")
+    assert open_image(tmp_path / "photo.png").info == {}

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from sightline.errors import ParameterError, UnknownNameError, nearest
+from sightline.images import SOFTWARE
 from sightline.scenes import shapes_home, shapes_outdoors
 from sightline.scenes.backdrops import backdrop, light
 from sightline.scenes.contexts import CONTEXTS, Context, sample_colour, sample_kinds
@@ -218,7 +219,9 @@ def draw(seed: int, *, context: str | None = None, size: int = 112, objects: tup
     marks = _paint(canvas, plans, inked, owners, side, lean)
     pixels = light(np.asarray(canvas.reduce(factor)), lean, rng)
     things = [_object(*parts, factor) for parts in zip(plans, masks, marks, strict=True)]
-    return Scene(int(seed), place.name, int(size), Image.fromarray(pixels), tuple(reversed(things)))
+    image = Image.fromarray(pixels)
+    image.info["Software"] = SOFTWARE
+    return Scene(int(seed), place.name, int(size), image, tuple(reversed(things)))
 
 
 def _object(plan: _Plan, mask: np.ndarray, mark_box: tuple | None, factor: int) -> Object:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sightline.errors import InputError
 
@@ -103,9 +104,17 @@ class Folder:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = BytesIO()
-        image.save(buffer, format="PNG")
+        image.save(buffer, format="PNG", pnginfo=_marks(image))
         _atomic(path, [buffer.getvalue()])
         return path
+
+
+def _marks(image: Image.Image) -> PngInfo:
+    """The note, kept in the file, that a picture comes from the generated world."""
+    marks = PngInfo()
+    if "Software" in image.info:
+        marks.add_text("Software", image.info["Software"])
+    return marks
 
 
 def _same_pixels(path: Path, image: Image.Image) -> bool:

@@ -133,9 +133,8 @@ def test_bars_and_head_map_choose_layer_and_head(opened, look):
     assert tab.js("location.hash") == "#layer=5&head=0"
     tab.mouse(".headmap", 60 / tab.js("document.querySelector('.headmap').clientWidth"), 0.02)
     assert tab.js("location.hash") == "#layer=0&head=0"
-    heights = (
-        "[...g.querySelectorAll('rect[fill^=\\"  # \\"]')].reduce((s, r) => s + Number(r.getAttribute('height')), 0)"
-    )
+    parts = "[...g.querySelectorAll('rect:not(:last-of-type)')]"
+    heights = f"{parts}.reduce((sum, part) => sum + Number(part.getAttribute('height')), 0)"
     bars = tab.js(f"[...document.querySelector('.bars').querySelectorAll('g.bar')].map(g => {heights})")
     assert len(bars) == 6
     assert bars == pytest.approx([100] * 6, abs=0.01)

@@ -185,15 +185,29 @@ def _phi_lines(axes: Axes, run: Run) -> None:
         )
         axes.plot(depth, middle, color="#626a73", linewidth=1)
     for token in ever[:40]:
-        label = f"token {token}" if len(ever) <= 6 else None
         axes.plot(depth, run.phi[:, token], color="#d55e00", alpha=0.8, linewidth=1.3, marker=".")
-        if label:
-            axes.annotate(label, (depth[-1], run.phi[-1, token]), xytext=(5, 0), textcoords="offset points", fontsize=8)
+    if len(ever) <= 6:
+        _name_lines(axes, {f"token {t}": float(run.phi[-1, t]) for t in ever}, x=float(depth[-1]))
     axes.axhline(run.tau, color="#0072b2", linestyle="--", linewidth=1, label=f"τ = {run.tau:g}")
     axes.set(xlabel="layer", ylabel="φ", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     _whole_numbers(axes, y=False)
+
+
+def _name_lines(axes: Axes, ends: dict[str, float], x: float) -> None:
+    """Names at the right ends of lines, pushed up where they would lie on each other."""
+    gap, below = 0.07 * max([axes.get_ylim()[1], *ends.values()]), -np.inf
+    for name, y in sorted(ends.items(), key=lambda end: end[1]):
+        below = max(y, below + gap)
+        axes.annotate(name, (x, y), xytext=(x, below), textcoords=_beside(axes), fontsize=8, va="center")
+
+
+def _beside(axes: Axes):
+    """Data coordinates, eight points to the right."""
+    from matplotlib.transforms import offset_copy
+
+    return offset_copy(axes.transData, fig=axes.figure.figure, x=8, units="points")
 
 
 def _whole_numbers(axes: Axes, y: bool = True) -> None:

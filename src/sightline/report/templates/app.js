@@ -34,7 +34,7 @@ function describe(panel, word) {
   const sink = state.layer < 0 ? panel.run.sinkLayers[t] > 0 : panel.run.sinks[state.layer].includes(t);
   const where = D.crops > 1 ? `crop ${D.crop[t]}, ` : "";
   return `${percent(total > 0 ? value / total : 0)} of the attention on the picture, ${percent(value)} of all · token ${t} (${where}row ${D.cell[t][0]}, column ${D.cell[t][1]})`
-    + ` · φ ${phi.toFixed(1)}${state.layer < 0 ? " at most" : ""}${sink ? ", a sink" : ""}`;
+    + ` · φ\u00a0${phi.toFixed(1)}${state.layer < 0 ? " at most" : ""}${sink ? ", a sink" : ""}`;
 }
 
 function reveal(button) { // long answers scroll inside their box; the page itself stays
@@ -181,6 +181,8 @@ $("#crop")?.addEventListener("change", (e) => set({ crop: Number(e.target.value)
 $("#help-open").addEventListener("click", () => $("#help").showModal());
 window.addEventListener("resize", () => set({}));
 window.addEventListener("hashchange", recall);
+window.addEventListener("beforeprint", () => $$("details").forEach((part) => { part.dataset.was = part.open; part.open = true; }));
+window.addEventListener("afterprint", () => $$("details").forEach((part) => { part.open = part.dataset.was === "true"; }));
 
 D.groups.forEach((name) => {
   const item = document.createElement("li"), chip = document.createElement("i");

@@ -1,0 +1,42 @@
+"""Explain what a model attends to, and reproduce the analysis of the visual attention sink paper on any host.
+
+>>> from sightline import explain
+>>> seen = explain.sink_map(lvlm, [picture], ["Is there a dog?"])[0]
+>>> seen.sinks.sum(1)                                   # visual sinks per layer
+
+Each function takes a loaded model (`sightline.load`), pictures and questions. `sightline study var` runs them all.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_NAMES = {
+    "ablations": "ablation",
+    "Redirect": "ablation",
+    "variants": "ablation",
+    "contribution": "weighing",
+    "image_heads": "heads",
+    "background": "maps",
+    "object_share": "maps",
+    "text_to_image": "maps",
+    "MaskTokens": "masking",
+    "mask_sinks": "masking",
+    "observe": "observing",
+    "Item": "questions",
+    "held_out": "questions",
+    "find_sink_dims": "sinks",
+    "sink_map": "sinks",
+    "study_var": "study",
+}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'sightline.explain' has no attribute {name!r}")
+    return getattr(import_module(f"sightline.explain.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

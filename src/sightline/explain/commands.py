@@ -1,0 +1,66 @@
+"""`sightline study`: run a paper's analysis on a model and its pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Reproduce a paper's analysis on a model, with figures and a page.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Reproduce a paper's analysis on a model, with figures and a page."""
+
+
+@app.command()
+def var(
+    model: Annotated[str, typer.Option(help="tiny (bundled), a Hub id or a folder.")] = "tiny",
+    n: Annotated[int, typer.Option("--n", help="Held-out scenes; about six questions each.")] = 60,
+    seed: Annotated[int, typer.Option(help="Which scenes, and the random masks.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, or to continue.")] = Path("study-var"),
+    tau: Annotated[
+        float | None, typer.Option(help="A token is a sink when phi exceeds this; default: by the model.")
+    ] = None,
+    sink_dims: Annotated[
+        str | None, typer.Option(help="Sink dimensions, for example 1415/2533; default: found.")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Random masks per question.")] = 3,
+    batch: Annotated[int, typer.Option(help="Questions per forward.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.")] = None,
+) -> None:
+    """Visual attention sinks: where they are, whether they matter, and what VAR does about them.
+
+    Five experiments on scenes whose truth is known. Stop it with Ctrl-C; the same command goes on where it stopped.
+    """
+    dims = _dims(sink_dims)
+    import sightline as sl
+    from sightline.explain.study import study_var
+
+    try:
+        found = study_var(
+            sl.load(model, device=device), out, n=n, seed=seed, tau=tau, sink_dims=dims, draws=draws, batch=batch
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is done is in {out}: the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+    from sightline.explain.page import sentences
+
+    for line in sentences(found).values():
+        typer.echo(line)
+    typer.echo(str(out / "index.html"))
+
+
+def _dims(text: str | None) -> tuple[int, ...] | None:
+    from sightline.errors import ParameterError
+
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.replace(",", "/").split("/"))
+    except ValueError as error:
+        raise ParameterError(
+            f"--sink-dims {text!r} is not understood: write whole numbers such as 1415/2533"
+        ) from error

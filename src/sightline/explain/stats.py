@@ -1,0 +1,58 @@
+"""Intervals for proportions and means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+Z = 1.959964  # 95 %
+DRAWS = 2000  # bootstrap samples
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval and the number of questions (or pictures) behind it. NaN where n is 0."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict:
+        """JSON-able: NaN becomes None."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+def wilson(hits: int, n: int) -> Estimate:
+    """Wilson score interval of a proportion; the n answers are taken as independent."""
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    p, z2 = hits / n, Z * Z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def bootstrap(values: Sequence[float], clusters: Sequence[int], weights: Sequence[float] | None = None) -> Estimate:
+    """Mean with a percentile bootstrap interval that draws whole clusters (pictures), seeded: the same every time.
+
+    Args:
+        values: (n,) what is averaged; NaN entries are left out.
+        clusters: (n,) which picture each belongs to.
+        weights: (n,) of the mean; None: equal.
+    """
+    values, clusters = np.asarray(values, np.float64), np.asarray(clusters)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
+    keep = np.isfinite(values) & (weights > 0)
+    values, clusters, weights = values[keep], clusters[keep], weights[keep]
+    if len(values) == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    _, place = np.unique(clusters, return_inverse=True)
+    top, bottom = np.bincount(place, values * weights), np.bincount(place, weights)  # per cluster
+    picked = np.random.default_rng(0).integers(len(top), size=(DRAWS, len(top)))
+    means = top[picked].sum(1) / bottom[picked].sum(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(values))

@@ -9,12 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from inspect import signature
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.tiny_hosts import TINY, TINY_VITS, TinyHost, TinyViT
+from tests.tiny_hosts import TINY, TINY_VITS, TinyHost, TinyViT, picture
 from tests.traces import differences, trace
 
 torch.set_num_threads(1)
@@ -24,12 +25,27 @@ settings.load_profile("sightline")
 
 @cache
 def build(name: str) -> TinyHost:
-    return TINY[name]()
+    host = TINY[name]()
+    inputs = host.inputs(["?"])
+    with torch.no_grad():  # transformers itself leaves hooks and notes behind the first time
+        host.model(**inputs, output_hidden_states=True)
+        host.model.generate(**inputs, max_new_tokens=1, cache_implementation="static")
+        host.model.model.get_image_features(**_pictures(host), output_hidden_states=True)
+    return host
 
 
 @cache
 def build_vit(name: str) -> TinyViT:
-    return TINY_VITS[name]()
+    vit = TINY_VITS[name]()
+    if hasattr(vit.model, "config"):
+        with torch.no_grad():
+            vit.model(**vit.inputs([picture()]), output_hidden_states=True)
+    return vit
+
+
+def _pictures(host: TinyHost) -> dict:
+    wanted = signature(host.model.model.get_image_features).parameters
+    return {k: v for k, v in host.inputs(["?"], [[picture()]]).items() if k in wanted}
 
 
 @pytest.fixture

@@ -97,6 +97,11 @@ def switch_attention(model: nn.Module, root: nn.Module, modules: list[nn.Module]
     own = {}
     for key, config in configs.items():
         name = config._attn_implementation or "eager"
+        if name in NAMES.values():
+            raise HostError(
+                f"{type(root).__name__} shares its configuration object with another model that carries systems: "
+                "leave that one first, or build this one from a copy (copy.deepcopy(config))"
+            )
         if name not in NAMES:
             raise HostError(
                 f"attention implementation {name!r} cannot be seen or edited: load the model with "

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sightline.errors import ParameterError
-
 if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
+    from sightline.engine.record import Recorder
     from sightline.engine.system import System
     from sightline.hosts.geometry import Layout
     from sightline.loading import LVLM
@@ -115,11 +114,13 @@ def look(
     Raises:
         InputError, ModelError, ParameterError: before any work is done.
     """
+    from sightline.engine.record import record
+    from sightline.hosts import layouts
     from sightline.images import open_image
     from sightline.loading import LVLM, load
+    from sightline.lvlm import check_max_new_tokens
 
-    if not 1 <= max_new_tokens <= 4096:
-        raise ParameterError(f"max_new_tokens={max_new_tokens} is out of range: choose it in [1, 4096]")
+    check_max_new_tokens(max_new_tokens)
     if image is None:
         image, example_question = example()
         question = question or example_question
@@ -127,12 +128,14 @@ def look(
     picture = open_image(image)
     lvlm = model if isinstance(model, LVLM) else load(model, device=device, dtype=dtype, **loading)
     inputs = lvlm.inputs(picture, question)
-    layout = lvlm.host.layouts(lvlm.processor, inputs, [picture.size])[0]
+    layout = layouts(lvlm.model, lvlm.processor, inputs, [picture.size], host=lvlm.host)[0]
     torch.manual_seed(seed)
-    runs = [_run(lvlm, inputs, (), max_new_tokens)]
+    var = next((s for s in systems if s.slug == "var"), None)  # what it calls a sink is marked in both runs
+    sinks = {"tau": getattr(var, "tau", None), "sink_dims": getattr(var, "sink_dims", None)}
+    runs = [_run(lvlm, inputs, (), max_new_tokens, record(image_rows=True, **sinks))]
     if systems:
         torch.manual_seed(seed)
-        runs.append(_run(lvlm, inputs, tuple(systems), max_new_tokens))
+        runs.append(_run(lvlm, inputs, tuple(systems), max_new_tokens, record(image_rows=True, **sinks)))
     return Look(picture, question, lvlm.name, layout, tuple(runs), _settings(lvlm, systems, max_new_tokens, seed),
                 _warnings(lvlm, picture, runs))  # fmt: skip
 
@@ -144,13 +147,11 @@ def example() -> tuple[Path, str]:
     return folder / card["image"], card["question"]
 
 
-def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: int) -> Run:
+def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: int, recorder: Recorder) -> Run:
     from sightline.catalog import to_spec
     from sightline.engine.attach import attach
-    from sightline.engine.record import GROUPS, record
+    from sightline.engine.record import GROUPS
 
-    var = next((s for s in systems if s.slug == "var"), None)
-    recorder = record(image_rows=True, tau=getattr(var, "tau", None), sink_dims=getattr(var, "sink_dims", None))
     begin = time.perf_counter()
     with attach(lvlm.model, *systems, recorder, host=lvlm.host) as attached, torch.no_grad():
         made = lvlm.model.generate(

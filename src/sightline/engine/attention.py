@@ -225,13 +225,14 @@ def apply_factors(
         factors: (masses (B, H, R, G), first row) -> factors (B, H, R, G).
         first_row: number of the first row, handed to `factors`.
     """
-    member = groups[:, None].to(weights.dtype)  # (B, 1, K', G)
-    width = min(member.shape[2], weights.shape[-1])
-    member = member[:, :, :width]
+    batch, heads, rows, keys = weights.shape
+    width = min(groups.shape[1], keys)
+    member = groups[:, :width].to(weights.dtype)  # (B, K', G)
     head = weights[..., :width]
-    change = (factors(head @ member, first_row) - 1) @ member.transpose(-1, -2)  # (B, H, R, K'); 0 outside the groups
-    head = head * (1 + change)
-    return head if width == weights.shape[-1] else torch.cat([head, weights[..., width:]], -1)
+    masses = (head.reshape(batch, heads * rows, width) @ member).view(batch, heads, rows, -1)
+    change = (factors(masses, first_row) - 1).reshape(batch, heads * rows, -1) @ member.transpose(1, 2)
+    head = torch.addcmul(head, head, change.view(batch, heads, rows, width))  # change is 0 outside the groups
+    return head if width == keys else torch.cat([head, weights[..., width:]], -1)
 
 
 def _times_value(weights: Tensor, value: Tensor) -> Tensor:

@@ -190,6 +190,7 @@ class VAR(System):
         if start >= site.queries:
             return None
         has = state[layer, "has"]
+        everywhere = not site.prefill and has.shape[0] == 1
         rows = has[:, None].expand(-1, site.queries - start)
         if site.prefill:
             role = site.tokens.role[:, site.start + start :]
@@ -197,12 +198,12 @@ class VAR(System):
 
         def choose(masses: Tensor, first: int) -> Tensor:  # (B, H, R, 3)
             scale = factors(masses, state[layer, "visual"], p=self.p, rho=1 - self.min_nonsink_ratio, summ=self.summ)
-            may = rows[:, None, first - start : first - start + masses.shape[2], None]
-            scale = torch.where(may, scale, torch.ones_like(scale))
+            if not everywhere:
+                may = rows[:, None, first - start : first - start + masses.shape[2], None]
+                scale = torch.where(may, scale, torch.ones_like(scale))
             _count(site, scale, masses)
             return scale
 
-        everywhere = not site.prefill and has.shape[0] == 1
         return Edit(start=start, rows=None if everywhere else rows, groups=state[layer, "groups"], factors=choose)
 
     def report(self, tally: dict[Any, Any], setup: dict[str, Any]) -> dict[str, Any]:

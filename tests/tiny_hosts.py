@@ -67,18 +67,18 @@ def llava_next() -> TinyHost:
 
 @seeded
 def llava_onevision() -> TinyHost:
-    """SigLIP tower without CLS, crops of 32 pixels, up to 3 x 3 crops but at most 4 crops' worth of tokens; Qwen2."""
+    """SigLIP tower without CLS, crops of 36 pixels (4 unseen), up to 3 x 3, at most 4 crops' worth of tokens; Qwen2."""
     tokenizer = make_tokenizer({"image_token": "<image>", "video_token": "<video>"})
-    pinpoints = [[32 * r, 32 * c] for r in (1, 2, 3) for c in (1, 2, 3)]
+    pinpoints = [[36 * r, 36 * c] for r in (1, 2, 3) for c in (1, 2, 3)]
     config = tf.LlavaOnevisionConfig(
-        vision_config=tower_config(tf.SiglipVisionConfig, 32, vision_use_head=False),
+        vision_config=tower_config(tf.SiglipVisionConfig, 36, vision_use_head=False),
         text_config=text_config(tf.Qwen2Config, tokenizer),
         image_token_index=tokenizer.image_token_id,
         video_token_index=tokenizer.video_token_id,
         image_grid_pinpoints=pinpoints,
         vision_aspect_ratio="anyres_max_4",
     )
-    size = {"height": 32, "width": 32}
+    size = {"height": 36, "width": 36}
     processor = tf.LlavaOnevisionProcessor(
         tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
         tokenizer,

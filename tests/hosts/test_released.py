@@ -113,6 +113,11 @@ def test_llava_onevision() -> None:
         [26 * 14 * 1000 / 384, 26 * 14 * 700 / 384, 378 * 1000 / 384, 378 * 700 / 384], abs=1e-3
     )
     assert layout.token_at(999.5, 699.5, crop=0) == -1
+    tile = layout.boxes[(layout.crop == 2) & (layout.cell[:, 1] == 0)]  # the second tile begins at its own first pixel
+    scale, left = 700 / 768, (1152 - 1098) // 2
+    assert tile[0, 0] == pytest.approx((384 - left) * 1000 / 1098, abs=1e-3)
+    assert tile[0, 1] == pytest.approx(0)
+    assert tile[0, 3] == pytest.approx(14 * scale, abs=1e-3)
 
 
 def test_llava_onevision_shrinks_above_nine_tiles() -> None:
@@ -122,6 +127,22 @@ def test_llava_onevision_shrinks_above_nine_tiles() -> None:
     assert len(layout) == 729 + 81 * 82
     assert {len(p) for p in layout.patches} == {0, 1, 4}  # a sample between four patches
     assert layout.patches[729] == (0, 1, 162, 163)
+    scale = 2300 / 2304
+    assert layout.boxes[730] == pytest.approx([28 * scale, 0, 56 * scale, 28 * scale], abs=1e-3)
+    inner = layout.boxes[(layout.crop == 1) & (layout.cell[:, 0] == 40)]  # cells divide the width without gaps
+    assert inner[1:, 0] == pytest.approx(inner[:-1, 2])
+    assert inner[-1, 2] == pytest.approx((5 * 384 + 378) * scale, abs=1e-3)
+
+
+def test_llava_onevision_shrinks_by_uneven_steps() -> None:
+    layout = placed("llava_onevision", 1900, 1500)
+    rows, columns = layout.grids[1]
+    assert (rows, columns) == (71, 91)  # 106 x 135 patches of 4 x 5 tiles, shrunk by 1.4768
+    at = np.arange(1, columns + 1) * 135 / 91  # in patches
+    edge = at.astype(int) // 27 * 384 + (at.astype(int) % 27 + at % 1) * 14  # in pixels of the tiles side by side
+    edge[-1] = 4 * 384 + 378
+    assert layout.boxes[729 : 729 + columns, 2] == pytest.approx(edge * 1900 / 1920, abs=1e-2)
+    assert layout.boxes[729, 1] == pytest.approx((14 - (1536 - 1516) // 2) * 1500 / 1516, abs=1e-2)
 
 
 @pytest.mark.parametrize(("name", "grid"), [("qwen2_vl", (25, 36)), ("qwen2_5_vl", (25, 36)), ("qwen3_vl", (22, 31))])

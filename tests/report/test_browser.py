@@ -110,7 +110,7 @@ def test_hover_tells_share_and_phi_in_both_panels(opened, look):
     row = look.runs[0].rows[3, 4].astype(float).mean(0)
     assert f"{100 * row[17] / row.sum():.0f} % of the attention on the picture" in said[0]
     assert "token 17 (row 1, column 3)" in said[0]
-    assert "φ 36.0, a sink" in said[0]
+    assert "φ\u00a036.0, a sink" in said[0]
     assert "token 17" in said[1]
 
 

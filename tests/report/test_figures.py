@@ -58,6 +58,11 @@ def test_ranks_ignore_scale_and_share_ties():
     assert not figures._ranks(np.zeros((2, 2))).any()
 
 
+def test_titles_are_one_plain_line():
+    assert figures._plain(" a\x15\n$x$ ", 20) == r"a \$x\$"
+    assert figures._plain("word " * 9, 10) == "word word…"
+
+
 def test_group_colours_differ_and_agree_with_the_page():
     colours = figures.group_colours(("start", "before", "image", "visual sink", "after", "generated"))
     assert len(set(colours)) == 6

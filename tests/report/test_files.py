@@ -8,6 +8,8 @@ from PIL import Image
 from sightline import report
 from sightline.errors import InputError
 
+from .synthetic import make_look
+
 
 def test_save_writes_everything_it_names(look, tmp_path):
     made = report.save(look, tmp_path / "new" / "out")
@@ -19,6 +21,11 @@ def test_save_writes_everything_it_names(look, tmp_path):
     assert json.loads(made["json"].read_text("utf-8"))["question"] == look.question
     with Image.open(made["overlay-1"]) as image:
         assert min(image.size) > 300
+
+
+def test_no_warning_about_scripts_without_a_font(tmp_path, recwarn):
+    report.save(make_look(("是", "\x15"), None), tmp_path)
+    assert [str(w.message) for w in recwarn if "Glyph" in str(w.message)] == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(look, tmp_path):

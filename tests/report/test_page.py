@@ -113,6 +113,14 @@ def test_twins(first, second, pairs):
     assert page.twins(named(first), named(second)) == pairs
 
 
+def test_settings_become_lines():
+    nested = {"a": {"b": [1, 2], "c": []}, "d": "text", "e": None, "f": "x" * 700}
+    lines = dict(page.flat(nested))
+    assert lines["a.b"] == "[1, 2]"
+    assert (lines["a.c"], lines["d"], lines["e"]) == ("none", "text", "none")
+    assert lines["f"].startswith("x" * 600 + "…")
+
+
 def test_direction():
     assert page.direction("نعم yes") == "rtl"
     assert page.direction("12 yes نعم") == "ltr"

@@ -191,7 +191,7 @@ def _phi_lines(axes: Axes, run: Run) -> None:
     axes.axhline(run.tau, color="#0072b2", linestyle="--", linewidth=1, label=f"τ = {run.tau:g}")
     axes.set(xlabel="layer", ylabel="φ", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="best")
     _whole_numbers(axes, y=False)
 
 
@@ -218,6 +218,7 @@ def _whole_numbers(axes: Axes, y: bool = True) -> None:
 
 
 def _plain(text: str, longest: int) -> str:
-    """Text for a title: one line, no mathtext, cut to `longest` characters."""
-    line = " ".join(text.split()).replace("$", r"\$")
-    return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"
+    """Text for a title: one line of printable characters, cut to `longest`, no mathtext."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= longest else line[: longest - 1].rstrip() + "…"
+    return line.replace("$", r"\$")

@@ -119,7 +119,9 @@ def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted name, text) lines."""
     if isinstance(value, dict):
         return [line for key, inner in value.items() for line in flat(inner, f"{name}.{key}" if name else str(key))]
-    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    shown = (
+        value if isinstance(value, str) else "none" if value in (None, []) else json.dumps(value, ensure_ascii=False)
+    )
     return [(name, shown if len(shown) <= LONGEST else shown[:LONGEST] + "… (whole in look.json)")]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sightline.engine.seats import Seat, switch_attention
-from sightline.engine.sequences import Sequence, Sequences
+from sightline.engine.sequences import Sequences
 from sightline.engine.system import Shape, Site, System
 from sightline.errors import AttachError, HostError, ParameterError
 from sightline.hosts import Host, ViTHost, check, find, get
@@ -79,12 +79,13 @@ class Attachment:
         self.systems = systems
         self.host = host or find(model)
         check(model, self.host)
-        shape = shape_of(model, self.host)
-        self.workers = [_worker(s, shape) for s in systems]
+        self.shape = shape_of(model, self.host)
+        self.workers = [_worker(s, self.shape) for s in systems]
         self.sequences = Sequences(
             self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None)
         )
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
+        self._tuples = False  # whether this forward was asked for a tuple
         self._undo = ExitStack()
         try:
             self._enter()
@@ -114,9 +115,13 @@ class Attachment:
         used = {station for w in self.workers for station in w.stations}
         if "vision_attention" in used:
             self._take_seats("vision", self.tower_attention())
+        text = used - {"vision_attention", "pixels"}
+        if (
+            used and not text
+        ):  # no sequence will ever take over what the tower's stations remember: every picture begins anew
+            self._hook(get(self.model, self.host.tower), self._forget)
         if "pixels" in used:
             self._hook(get(self.model, self.host.tower), self._pixels, with_kwargs=True)
-        text = used - {"vision_attention", "pixels"}
         if text and not isinstance(self.host, Host):
             raise HostError(
                 f"{type(self.model).__name__} has no language model: stations {sorted(text)} do not exist there"
@@ -125,7 +130,7 @@ class Attachment:
             return
         parameters = signature(self.model.forward)
         self._hook(self.model, partial(self._before, parameters), with_kwargs=True)
-        handle = self.model.register_forward_hook(self._after, with_kwargs=True)
+        handle = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         self._undo.callback(handle.remove)
         decoder = get(self.model, self.host.decoder)
         if "visual_tokens" in text:
@@ -166,33 +171,34 @@ class Attachment:
 
     def call(self, station: str, tower: str, layer: int, layers: int, heads: int, *args: Any) -> list[Any]:
         """Call a station of every system that has it, in attach order; returns what is not None."""
-        sequence = self.sequences.current if tower == "text" else None
         results = []
         for i, worker in enumerate(self.workers):
             if station not in worker.stations:
                 continue
-            site = self._site(i, worker, sequence, tower, layer, layers, heads)
+            site = self._site(i, worker, tower, layer, layers, heads)
             found = getattr(worker.system, station)(site, *args)
             if found is not None:
                 results.append(found)
         return results
 
-    def thread(self, station: str, tower: str, layer: int, layers: int, value: Tensor) -> Tensor | None:
+    def thread(self, station: str, tower: str, layer: int, value: Tensor) -> Tensor | None:
         """Pass a tensor through a station of every system in turn; None when none changed it."""
         changed = None
         for i, worker in enumerate(self.workers):
             if station not in worker.stations:
                 continue
-            site = self._site(i, worker, self.sequences.current if tower == "text" else None, tower, layer, layers, 0)
+            layers, heads = (self.shape.layers, self.shape.heads) if tower == "text" else (0, 0)
+            site = self._site(i, worker, tower, layer, layers, heads)
             found = getattr(worker.system, station)(site, value if changed is None else changed)
             changed = changed if found is None else found
         return changed
 
-    def _site(
-        self, i: int, worker: _Worker, sequence: Sequence | None, tower: str, layer: int, layers: int, heads: int
-    ) -> Site:
-        if sequence is None:
-            state = self.vision_states[i]
+    def _site(self, i: int, worker: _Worker, tower: str, layer: int, layers: int, heads: int) -> Site:
+        sequence = self.sequences.current
+        if (
+            sequence is None or tower == "vision"
+        ):  # `generate` encodes pictures before the sequence they belong to begins
+            state = self.vision_states[i] if sequence is None else sequence.states[i]
             return Site(tower, layer, layers, heads, None, 0, 0, True, 0, state, worker.setup, worker.tally)
         return Site(
             tower,
@@ -209,26 +215,47 @@ class Attachment:
             worker.tally,
         )
 
-    def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if (
+            module.training
+            and torch.is_grad_enabled()
+            and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+        ):
+            raise HostError(
+                "gradient checkpointing runs layers again when the systems have gone: call "
+                "model.gradient_checkpointing_disable() before training through systems"
+            )
         given = parameters.bind_partial(*args, **kwargs).arguments
-        self.sequences.begin({**given, **given.get("kwargs", {})})
+        given = {**given, **given.get("kwargs", {})}
+        self.sequences.begin(given)
+        wanted = given.get("return_dict")
+        self._tuples = not (getattr(module.config, "return_dict", True) if wanted is None else wanted)
+        return (args, {**kwargs, "return_dict": True}) if self._tuples else None
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        sequence = self.sequences.finish(output)
-        cache = getattr(output, "past_key_values", None)
-        if sequence is None:
+        sequence = self.sequences.current
+        if sequence is None or output is None:  # the forward failed
+            self.sequences.current = None
             return output
-        if cache is not None:
-            self.call("cache", "text", -1, 0, 0, cache)
-        new = self.thread("logits", "text", -1, 0, output.logits[:, -1])
+        cache = getattr(output, "past_key_values", None)
+        try:
+            if cache is not None:
+                layers, heads = self.shape.layers, self.shape.heads
+                self.call("cache", "text", -1, layers, heads, cache)
+            new = self.thread("logits", "text", -1, output.logits[:, -1])
+        finally:
+            self.sequences.finish(output)
         if new is not None:
             output.logits = torch.cat([output.logits[:, :-1], new[:, None].to(output.logits.dtype)], 1)
-        return output
+        return output.to_tuple() if self._tuples else output
+
+    def _forget(self, module: nn.Module, args: tuple) -> None:
+        self.vision_states = [{} for _ in self.systems]
 
     def _pixels(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         name = next(iter(signature(module.forward).parameters))
         value = args[0] if args else kwargs[name]
-        new = self.thread("pixels", "vision", -1, 0, value)
+        new = self.thread("pixels", "vision", -1, value)
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
@@ -237,14 +264,14 @@ class Attachment:
         sequence, embeddings = self.sequences.current, kwargs.get("inputs_embeds")
         if sequence is None or embeddings is None or not sequence.prefill or not sequence.tokens.has_image:
             return None
-        new = self.thread("visual_tokens", "text", -1, 0, embeddings)
+        new = self.thread("visual_tokens", "text", -1, embeddings)
         return None if new is None else (args, {**kwargs, "inputs_embeds": new})
 
     def _hidden(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.sequences.current is None:
             return None
         value = args[0] if args else kwargs["hidden_states"]
-        new = self.thread("hidden", "text", layer, 0, value)
+        new = self.thread("hidden", "text", layer, value)
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})

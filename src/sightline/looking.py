@@ -199,7 +199,7 @@ def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: i
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     """The text that every token adds to the answer (tokens that only finish a character add nothing before it)."""
     texts = [tokenizer.decode(ids[:t], skip_special_tokens=True) for t in range(len(ids) + 1)]
-    whole = [t.rstrip("\ufffd") for t in texts]
+    whole = [*(t.rstrip("\ufffd") for t in texts[:-1]), texts[-1]]
     return [whole[t + 1][len(whole[t]) :] for t in range(len(ids))]
 
 

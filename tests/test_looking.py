@@ -129,3 +129,10 @@ def test_a_photograph_for_the_bundled_model_gets_one_plain_line() -> None:
     assert "generated world" in photo.warnings[0]
     assert "--model" in photo.warnings[0]
     assert not drawing.warnings
+
+
+def test_what_the_systems_warn_of_is_in_the_result() -> None:
+    result = sl.look(picture(), "What?", model=tiny(), systems=[sl.steer.VAR(tau=5.5)], max_new_tokens=2)
+    assert any("VAR changes nothing" in line for line in result.warnings)
+    with pytest.raises(InputError, match="empty"):
+        sl.look(picture(), "", model=tiny())

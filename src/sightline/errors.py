@@ -39,6 +39,10 @@ class MissingExtraError(SightlineError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
 
 
+class SightlineWarning(UserWarning):
+    """Something works, but not as one might think; `look` prints it as one line."""
+
+
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ParameterError unless `low <= value <= high`."""
     if not (isinstance(value, (int, float)) and low <= value <= high):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from sightline.errors import SightlineWarning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,21 +126,22 @@ def look(
     check_max_new_tokens(max_new_tokens)
     if image is None:
         image, example_question = example()
-        question = question or example_question
-    question = question or DEFAULT_QUESTION
+        question = example_question if question is None else question
+    question = DEFAULT_QUESTION if question is None else question
     picture = open_image(image)
     lvlm = model if isinstance(model, LVLM) else load(model, device=device, dtype=dtype, **loading)
     inputs = lvlm.inputs(picture, question)
     layout = layouts(lvlm.model, lvlm.processor, inputs, [picture.size], host=lvlm.host)[0]
-    torch.manual_seed(seed)
     var = next((s for s in systems if s.slug == "var"), None)  # what it calls a sink is marked in both runs
     sinks = {"tau": getattr(var, "tau", None), "sink_dims": getattr(var, "sink_dims", None)}
-    runs = [_run(lvlm, inputs, (), max_new_tokens, record(image_rows=True, **sinks))]
-    if systems:
-        torch.manual_seed(seed)
-        runs.append(_run(lvlm, inputs, tuple(systems), max_new_tokens, record(image_rows=True, **sinks)))
+    runs = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for chosen in [(), tuple(systems)] if systems else [()]:
+            torch.manual_seed(seed)
+            runs.append(_run(lvlm, inputs, chosen, max_new_tokens, record(image_rows=True, **sinks)))
     return Look(picture, question, lvlm.name, layout, tuple(runs), _settings(lvlm, systems, max_new_tokens, seed),
-                _warnings(lvlm, picture, runs))  # fmt: skip
+                _warnings(lvlm, picture, runs, caught))  # fmt: skip
 
 
 def example() -> tuple[Path, str]:
@@ -234,11 +238,11 @@ def _settings(lvlm: LVLM, systems: Sequence[System], max_new_tokens: int, seed: 
     }
 
 
-def _warnings(lvlm: LVLM, picture: Image.Image, runs: Sequence[Run]) -> tuple[str, ...]:
+def _warnings(lvlm: LVLM, picture: Image.Image, runs: Sequence[Run], caught: Sequence[Any]) -> tuple[str, ...]:
     from sightline.images import SOFTWARE
     from sightline.loading import BUNDLED
 
-    lines = []
+    lines = [str(w.message) for w in caught if issubclass(w.category, SightlineWarning)]
     if lvlm.name in BUNDLED and picture.info.get("Software") != SOFTWARE:
         lines.append(
             "The bundled model knows only sightline's generated world of simple drawings; for a photograph name a real "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sightline.engine.tokens import Role, Tokens
-from sightline.errors import AttachError
+from sightline.errors import AttachError, SightlineWarning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +98,7 @@ class Sequences:
         if known is None:
             warnings.warn(
                 "a cache filled before the systems were attached: its positions count as text before any image",
+                category=SightlineWarning,
                 stacklevel=2,
             )
             role = ids.new_full((ids.shape[0], past), int(Role.BEFORE), dtype=torch.int8)
@@ -109,13 +110,20 @@ class Sequences:
             known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner)
         elif known.owner is not self.owner:  # the ledger is still true; what another attachment's systems knew is not
             known = Sequence(known.tokens, [{} for _ in self.owner.systems], self.owner)
-        tokens = known.tokens if known.tokens.shape[1] == past else known.tokens.crop(past)
+        tokens, unseen = known.tokens, past - known.tokens.shape[1]
+        if unseen < 0:
+            tokens = tokens.crop(past)
+        elif unseen > 0:  # the cache went on while nothing was attached
+            tokens = tokens.generated(unseen)
         if tokens.shape[0] != ids.shape[0]:
             raise AttachError(
                 f"the cache holds {tokens.shape[0]} rows, the new block {ids.shape[0]}: expand the prompt instead"
             )
         known.prefill = ids.shape[1] > 1
         if known.prefill:
+            for state, seen in zip(known.states, self.owner.vision_states, strict=True):
+                state.update(seen)  # of pictures that `generate` encoded for this block
+            self.owner.vision_states = [{} for _ in known.states]
             chunk = None if mask is None else mask[:, -ids.shape[1] :]
             known.tokens = tokens.extend(Tokens.from_ids(ids, self.image_token, chunk))
         else:

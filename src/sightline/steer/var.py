@@ -40,6 +40,7 @@ from sightline.engine.attention import Edit
 from sightline.engine.sinks import check_tau, default_tau, sink_dims_of, sink_value
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
+from sightline.errors import SightlineWarning
 
 EPS = 1e-6
 
@@ -159,7 +160,9 @@ class VAR(System):
         dims = sink_dims_of(shape, tau) if self.sink_dims is None else tuple(self.sink_dims)
         if not dims:
             warnings.warn(
-                f"no sink dimension at tau={tau:g}: this model shows no sinks, VAR changes nothing", stacklevel=2
+                f"no sink dimension at tau={tau:g}: this model shows no sinks, VAR changes nothing",
+                category=SightlineWarning,
+                stacklevel=2,
             )
         last = shape.layers - 1 if self.skip_last_layer else shape.layers
         return {"dims": dims, "tau": tau, "layers": range(self.first_layer, last)}

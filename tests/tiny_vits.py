@@ -46,6 +46,12 @@ def siglip_vit() -> TinyViT:
 
 
 @seeded
+def plain_vit() -> TinyViT:
+    model = tf.ViTModel(tower_config(tf.ViTConfig, 48), add_pooling_layer=False)
+    return vit("vit", model, tf.ViTImageProcessor(size={"height": 48, "width": 48}))
+
+
+@seeded
 def dinov2_vit(registers: int = 0) -> TinyViT:
     kinds = (
         (tf.Dinov2WithRegistersConfig, tf.Dinov2WithRegistersModel) if registers else (tf.Dinov2Config, tf.Dinov2Model)
@@ -75,6 +81,7 @@ def vit(name: str, model: Any, processor: Any, size: int = 48) -> TinyViT:
 TINY_VITS: dict[str, Callable[[], TinyViT]] = {
     "clip": clip_vit,
     "siglip": siglip_vit,
+    "vit": plain_vit,
     "dinov2": dinov2_vit,
     "dinov2_registers": partial(dinov2_vit, registers=2),
     "timm": timm_vit,

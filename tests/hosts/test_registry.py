@@ -66,7 +66,15 @@ def test_prefix_of_towers(name: str, prefix: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("clip", 1), ("siglip", 0), ("dinov2", 1), ("dinov2_registers", 3), ("timm", 1), ("timm_registers", 5)],
+    [
+        ("clip", 1),
+        ("siglip", 0),
+        ("vit", 1),
+        ("dinov2", 1),
+        ("dinov2_registers", 3),
+        ("timm", 1),
+        ("timm_registers", 5),
+    ],
 )
 def test_plain_vision_transformers(name: str, prefix: int) -> None:
     model = TINY_VITS[name]().model
@@ -91,24 +99,43 @@ def test_qwen3_vl_names_its_deepstack() -> None:
     assert hosts.get(model.config, hosts.find(model).deepstack) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("config", "model", "host"),
-    [
-        (tf.Qwen3VLMoeConfig, tf.Qwen3VLMoeForConditionalGeneration, "qwen3_vl"),
-        (tf.CLIPVisionConfig, tf.CLIPVisionModelWithProjection, "clip_projected"),
-    ],
-)
-def test_sister_classes_have_the_same_facts(config: type, model: type, host: str) -> None:
-    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
-    if model is tf.Qwen3VLMoeForConditionalGeneration:
-        text = small | {"num_experts": 2, "vocab_size": 64, "moe_intermediate_size": 8, "head_dim": 8}
-        made = config(text_config=text, vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 32})
-    else:
-        made = config(**small)
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+TWO = {"vision_config": SMALL, "text_config": SMALL | {"bos_token_id": 1, "eos_token_id": 2}}
+MOE = {
+    "text_config": SMALL | {"num_experts": 2, "vocab_size": 64, "moe_intermediate_size": 8, "head_dim": 8},
+    "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 32},
+}
+SISTERS = {
+    "Qwen3VLMoeForConditionalGeneration": (tf.Qwen3VLMoeConfig, MOE, "qwen3_vl"),
+    "CLIPModel": (tf.CLIPConfig, TWO, "clip_inside"),
+    "CLIPVisionModelWithProjection": (tf.CLIPVisionConfig, SMALL, "clip_inside"),
+    "CLIPForImageClassification": (tf.CLIPConfig, TWO, "clip_inside"),
+    "SiglipModel": (tf.SiglipConfig, TWO, "siglip_inside"),
+    "SiglipForImageClassification": (tf.SiglipConfig, TWO, "siglip_inside"),
+    "ViTForImageClassification": (tf.ViTConfig, SMALL, "vit_inside"),
+    "Dinov2ForImageClassification": (tf.Dinov2Config, SMALL, "dinov2_inside"),
+}
+
+
+@pytest.mark.parametrize("name", list(SISTERS))
+def test_sister_classes_have_the_same_facts(name: str) -> None:
+    config, facts, host = SISTERS[name]
     with torch.device("meta"):
-        built = model(made)
+        built = getattr(tf, name)(config(**facts))
     assert hosts.find(built).name == host
     hosts.check(built, hosts.find(built))
+    if "image" in built.input_modalities and host != "qwen3_vl":
+        (layout,) = hosts.layouts(built, TINY_VITS["vit"]().processor, {"pixel_values": torch.zeros(1)}, [(50, 60)])
+        patch = getattr(built.config, "vision_config", built.config).patch_size
+        assert layout.grids == ((48 // patch, 48 // patch),)
+
+
+def test_known_classes_of_the_registry_exist() -> None:
+    import timm.models.vision_transformer
+
+    hosts.load_all()
+    for name in hosts.REGISTRY:
+        assert hasattr(tf, name) or hasattr(timm.models.vision_transformer, name), name
 
 
 def test_subclass_of_a_known_class_is_known() -> None:
@@ -188,11 +215,29 @@ def test_guesses_are_true_for_known_families(name: str) -> None:
     """What is read off the module tree of the known families is what their hosts say."""
     model = (TINY | TINY_VITS)[name]().model
     host = hosts.find(model)
-    facts = guess(model)
-    if isinstance(host, hosts.Host):
+    facts = guess(model, seeing_only=isinstance(host, hosts.ViTHost))
+    if isinstance(host, hosts.ViTHost):
+        for fact in ("tower_attention",):
+            assert facts[fact] == repr(getattr(host, fact)), fact
+        seen = f"{ast.literal_eval(facts['tower'])}.{ast.literal_eval(facts['tower_layers'])}".strip(".")
+        assert seen == f"{host.tower}.{host.tower_layers}".strip(".")
+    else:
         for fact in ("decoder", "layers", "attention", "tower", "tower_layers", "tower_attention"):
             assert facts[fact] == repr(getattr(host, fact)), fact
         assert getattr(model.config, ast.literal_eval(facts["image_token"])) == getattr(model.config, host.image_token)
+
+
+@pytest.mark.parametrize("kind", [tf.DeiTModel, tf.BeitModel])
+def test_unknown_vision_transformer_is_told_a_vithost(kind: type) -> None:
+    with torch.device("meta"):
+        model = kind(kind.config_class(num_hidden_layers=2, hidden_size=12, num_attention_heads=2))
+    with pytest.raises(HostError, match=r"hosts\.ViTHost\(") as raised:
+        hosts.find(model)
+    text = str(raised.value)
+    call = text[text.index("ViTHost(") : text.index("))") + 1]
+    facts = {k.arg: ast.literal_eval(k.value) for k in ast.parse(call).body[0].value.keywords}
+    hosts.check(model, hosts.ViTHost(**facts))
+    assert "decoder" not in text
 
 
 @pytest.mark.parametrize(

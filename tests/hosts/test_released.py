@@ -188,10 +188,10 @@ def test_gemma3() -> None:
 
 @pytest.mark.parametrize("name", ["llava_onevision", "internvl", "gemma3"])
 def test_heatmap_of_a_photo_takes_little_time(name: str) -> None:
-    from time import perf_counter
+    from time import process_time
 
     layout = placed(name, 1000, 700)
     values = np.random.default_rng(0).random(len(layout))
-    start = perf_counter()
+    start = process_time()
     assert layout.heatmap(values).shape == (700, 1000)
-    assert perf_counter() - start < 1.0
+    assert process_time() - start < 1.0  # 0.01 to 0.06 s on one core

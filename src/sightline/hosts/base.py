@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from sightline.errors import HostError, nearest
+from sightline.errors import HostError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,7 @@ def find(model: nn.Module) -> Host | ViTHost:
             those that can be read off the module tree filled in. A text-only model is told apart.
     """
     from sightline import hosts
-    from sightline.hosts.guess import guess, reads_text_only
+    from sightline.hosts.guess import guess, reads_text_only, sees_only
 
     hosts.load_all()
     for cls in type(model).__mro__:
@@ -100,12 +100,14 @@ def find(model: nn.Module) -> Host | ViTHost:
         raise HostError(
             f"{name} is a text model: it has no vision tower and no image token; give a vision-language model"
         )
-    known = [key for key, host in REGISTRY.items() if isinstance(host, Host)]
-    facts = ", ".join(f"{fact}={value}" for fact, value in guess(model).items())
-    others = ", ".join(f.name for f in fields(Host) if f.name not in ("name", "classes", *guess(model)))
+    kind = ViTHost if sees_only(model) else Host
+    seen = guess(model, seeing_only=kind is ViTHost)
+    families = sorted({host.name for host in REGISTRY.values() if isinstance(host, kind)})
+    others = ", ".join(f.name for f in fields(kind) if f.name not in ("name", "classes", *seen))
     raise HostError(
-        f"model class {name!r} is not a known host ({nearest(name, known)}); to use it, say where its parts are: "
-        f"attach(model, ..., host=sightline.hosts.Host(name={name!r}, classes=({name!r},), {facts})); "
+        f"model class {name!r} is not a known host (known: {', '.join(families)}); to use it, say where its parts are: "
+        f"attach(model, ..., host=sightline.hosts.{kind.__name__}(name={name!r}, classes=({name!r},), "
+        f"{', '.join(f'{fact}={value}' for fact, value in seen.items())})); "
         f"<...> could not be found; further facts, if the defaults do not fit: {others}"
     )
 
@@ -122,7 +124,8 @@ def check(model: nn.Module, host: Host | ViTHost) -> None:
         if getattr(getattr(model, "config", None), host.image_token, None) is None:
             wrong["image_token"] = f"{host.image_token!r} (an attribute of model.config)"
     if wrong:
-        seen = {fact: value for fact, value in guess(model).items() if fact in wrong and not value.startswith("<")}
+        seen = guess(model, seeing_only=isinstance(host, ViTHost))
+        seen = {fact: value for fact, value in seen.items() if fact in wrong and not value.startswith("<")}
         hint = f"; seen: {', '.join(f'{k}={v}' for k, v in seen.items())}" if seen else ""
         raise HostError(
             f"host {host.name!r} does not fit {type(model).__name__}: not found: "

@@ -25,6 +25,12 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
 
 
 CLIP = register(ViTHost("clip", ("CLIPVisionModel",), tower_prefix=1, layouts=layouts))
-CLIP_PROJECTED = register(
-    ViTHost("clip_projected", ("CLIPVisionModelWithProjection",), tower="vision_model", tower_prefix=1, layouts=layouts)
+CLIP_INSIDE = register(
+    ViTHost(
+        "clip_inside",
+        ("CLIPModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
+        tower="vision_model",
+        tower_prefix=1,
+        layouts=layouts,
+    )
 )

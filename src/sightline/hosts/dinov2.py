@@ -13,13 +13,6 @@ def prefix(model: Any) -> int:
     return 1 + getattr(model.config, "num_register_tokens", 0)
 
 
-DINOV2 = register(
-    ViTHost(
-        "dinov2",
-        ("Dinov2Model", "Dinov2WithRegistersModel"),
-        tower_layers="encoder.layer",
-        tower_attention="attention",
-        tower_prefix=prefix,
-        layouts=layouts,
-    )
-)
+FACTS = {"tower_layers": "encoder.layer", "tower_attention": "attention", "tower_prefix": prefix, "layouts": layouts}
+DINOV2 = register(ViTHost("dinov2", ("Dinov2Model", "Dinov2WithRegistersModel"), **FACTS))
+DINOV2_INSIDE = register(ViTHost("dinov2_inside", ("Dinov2ForImageClassification",), tower="dinov2", **FACTS))

@@ -12,12 +12,18 @@ PROJECTORS = ("multi_modal_projector", "connector", "projector", "merger", "alig
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_token_id", "image_placeholder_id")
 
 
-def guess(model: nn.Module) -> dict[str, str]:
-    """Facts of a Host, as source text: 'model.language_model' in quotes, or <what is missing> where nothing was seen."""
+def guess(model: nn.Module, seeing_only: bool = False) -> dict[str, str]:
+    """Facts of a Host, as source text: 'model.language_model' in quotes, or <what is missing> where nothing was seen.
+
+    seeing_only: the model is a plain vision transformer; only the facts of a ViTHost are returned.
+    """
     stacks = _stacks(model)
     seeing = {path: part for path, part in stacks.items() if any(word in path.lower() for word in VISION)}
-    reading = {path: part for path, part in stacks.items() if path not in seeing}
     facts = {}
+    if seeing_only:
+        names = _facts(model, seeing or stacks, "vision transformer")
+        return dict(zip(("tower", "tower_layers", "tower_attention"), names, strict=True))
+    reading = {path: part for path, part in stacks.items() if path not in seeing}
     facts["decoder"], facts["layers"], facts["attention"] = _facts(model, reading, "decoder")
     facts["tower"], facts["tower_layers"], facts["tower_attention"] = _facts(model, seeing, "vision tower")
     facts["projector"] = _projector(model)
@@ -26,13 +32,28 @@ def guess(model: nn.Module) -> dict[str, str]:
 
 
 def reads_text_only(model: nn.Module) -> bool:
-    """Whether a model has decoder layers but nothing that looks at pictures: no tower, no image token."""
+    """Whether a model has layers and a vocabulary but nothing that looks at pictures: no tower, no image token."""
     config = getattr(model, "config", None)
-    if config is None or _image_token(config)[0] != "<" or hasattr(config, "vision_config"):
+    if hasattr(config, "vision_config") or _image_token(config)[0] != "<" or not _has_vocabulary(model):
+        return False
+    return bool(_stacks(model)) and not any(word in name for name, _ in model.named_modules() for word in VISION)
+
+
+def sees_only(model: nn.Module) -> bool:
+    """Whether a model has one stack of layers and neither a vocabulary nor an image token: a vision transformer."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "text_config") or _image_token(config)[0] != "<" or _has_vocabulary(model):
         return False
     stacks = _stacks(model)
-    seeing = any(word in name.lower() for name, _ in model.named_modules() for word in VISION)
-    return bool(stacks) and not seeing and hasattr(config, "vocab_size")
+    return len({any(word in path.lower() for word in VISION) for path in stacks}) == 1
+
+
+def _has_vocabulary(model: nn.Module) -> bool:
+    """Whether a model embeds the tokens of its configuration's vocabulary."""
+    from torch import nn
+
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return any(isinstance(m, nn.Embedding) and m.num_embeddings == size for m in model.modules())
 
 
 def _stacks(model: nn.Module) -> dict[str, str]:

@@ -6,3 +6,6 @@ from sightline.hosts.base import ViTHost, register
 from sightline.hosts.clip import layouts
 
 SIGLIP = register(ViTHost("siglip", ("SiglipVisionModel",), layouts=layouts))
+SIGLIP_INSIDE = register(
+    ViTHost("siglip_inside", ("SiglipModel", "SiglipForImageClassification"), tower="vision_model", layouts=layouts)
+)

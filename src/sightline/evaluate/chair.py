@@ -76,12 +76,18 @@ class Chair:
         Raises:
             InputError: a file is missing, damaged or of another form. MissingExtraError: nltk is needed.
         """
-        vocabulary = coco_vocabulary(synonyms, words)
+        return cls.from_files(coco_vocabulary(synonyms, words), instances, captions)
+
+    @classmethod
+    def from_files(
+        cls, vocabulary: Vocabulary, instances: Sequence[str | Path], captions: Sequence[str | Path]
+    ) -> Chair:
+        """Truth of COCO annotation files, in terms of any vocabulary. Raises InputError."""
         truth: dict[str, set[str]] = {}
         for path in instances:
             _add_instances(truth, vocabulary, path)
         for path in captions:
-            for row in _rows(path, "annotations", ("image_id", "caption")):
+            for row in rows_of(path, "annotations", ("image_id", "caption")):
                 truth.setdefault(str(row["image_id"]), set()).update(vocabulary.read(row["caption"])[0])
         return cls(vocabulary, truth)
 
@@ -132,10 +138,10 @@ class Chair:
 
 
 def _add_instances(truth: dict[str, set[str]], vocabulary: Vocabulary, path: str | Path) -> None:
-    names = {row["id"]: str(row["name"]).lower() for row in _rows(path, "categories", ("id", "name"))}
-    for row in _rows(path, "images", ("id",)):
+    names = {row["id"]: str(row["name"]).lower() for row in rows_of(path, "categories", ("id", "name"))}
+    for row in rows_of(path, "images", ("id",)):
         truth.setdefault(str(row["id"]), set())
-    for row in _rows(path, "annotations", ("image_id", "category_id")):
+    for row in rows_of(path, "annotations", ("image_id", "category_id")):
         name = names.get(row["category_id"])
         if name is None:
             raise InputError(f"{str(path)!r}: category {row['category_id']!r} is used but not listed: file damaged?")
@@ -144,7 +150,7 @@ def _add_instances(truth: dict[str, set[str]], vocabulary: Vocabulary, path: str
         truth.setdefault(str(row["image_id"]), set()).add(vocabulary.node[name])
 
 
-def _rows(path: str | Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
+def rows_of(path: str | Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     """The list `key` of a COCO annotation file, each row with the `needed` fields."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))[key]

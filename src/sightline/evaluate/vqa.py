@@ -36,16 +36,31 @@ def number(text: str) -> int | None:
 
 
 def formulas(sums: Sums) -> dict[str, np.ndarray]:
-    """Accuracy and, where the truth is a number, the mean error of the answers that name one, and the share that do."""
+    """Accuracy (also of every part of the questions) and, where the truth is a number, the mean error of the answers
+    that name one, and the share that do."""
     found = {"accuracy": ratio(sums["correct"], sums["n"])}
     if "error" in sums:
         found["mean_error"] = ratio(sums["error"], sums["numbers"])
         found["names_a_number"] = ratio(sums["numbers"], sums["n"])
+    for name in sums:
+        if name.startswith("n:"):
+            part = name.removeprefix("n:")
+            found[f"accuracy_{part}"] = ratio(sums[f"correct:{part}"], sums[name])
     return found
 
 
-def score(answers: Sequence[str], truths: Sequence[str], pictures: Sequence[str] | None = None) -> Scored:
+def score(
+    answers: Sequence[str],
+    truths: Sequence[str],
+    pictures: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
+) -> Scored:
     """Score short answers. When all truths are whole numbers, also the mean error in counting.
+
+    Args:
+        answers, truths: one text per question.
+        pictures: name of every question's picture, for intervals that resample pictures; None: each its own.
+        parts: which part of the task every question belongs to: adds one accuracy for each.
 
     Raises:
         InputError: lengths differ, or nothing to score.
@@ -55,11 +70,14 @@ def score(answers: Sequence[str], truths: Sequence[str], pictures: Sequence[str]
     correct = [normalise(a) == normalise(str(t)) for a, t in zip(answers, truths, strict=True)]
     names = [str(k) for k in range(len(correct))] if pictures is None else list(pictures)
     rows = []
-    for name, answer, truth, right in zip(names, answers, truths, correct, strict=True):
-        numbers = {"n": 1, "correct": right}
+    for k, (name, answer, truth, right) in enumerate(zip(names, answers, truths, correct, strict=True)):
+        numbers: dict[str, float] = {"n": 1, "correct": right}
         if counting:
             said = number(answer)
             numbers |= {"numbers": said is not None, "error": 0 if said is None else abs(said - int(truth))}
+        if parts is not None:
+            numbers |= {f"n:{parts[k]}": 1, f"correct:{parts[k]}": right}
         rows.append((name, numbers))
-    tally = Tally.collect(rows, formulas, SHARES)
+    shares = [*SHARES, *((f"accuracy_{p}", f"correct:{p}", f"n:{p}") for p in dict.fromkeys(parts or ()))]
+    tally = Tally.collect(rows, formulas, shares)
     return Scored(tally.metrics(), tuple(correct), tally, "accuracy", rules={"match": "normalised exact"})

@@ -1,0 +1,163 @@
+"""Published file formats: every copy of POPE, COCO for CHAIR, MME folders; damage, duplicates, missing pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sightline import scenes
+from sightline.errors import InputError, ParameterError, UnknownNameError
+from sightline.evaluate import files
+from sightline.evaluate.finding import find
+from sightline.evaluate.task import Item, subset
+
+ROWS = [
+    {"question_id": 1, "image": "COCO_val2014_000000000001.jpg", "text": "Is there a dog in the image?", "label": "yes"},
+    {"question_id": 2, "image": "COCO_val2014_000000000001.jpg", "text": "Is there an elephant in the imange?", "label": "no"},
+    {"question_id": 3, "image": "COCO_val2014_000000000002.jpg", "text": "Is there a cat in the image?", "label": "no"},
+]  # fmt: skip
+FORMS = {
+    "lines": lambda rows: "\n".join(map(json.dumps, rows)),
+    "lines with a byte order mark": lambda rows: "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n",
+    "array": json.dumps,
+    "other names": lambda rows: json.dumps(
+        [{"id": r["question_id"], "image_source": r["image"][13:-4], "question": r["text"], "answer": r["label"].title()} for r in rows]
+    ),
+    "prompt with a placeholder": lambda rows: json.dumps([{**r, "text": "<image>\n" + r["text"]} for r in rows]),
+}  # fmt: skip
+
+
+def picture(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for k in (1, 2):
+        picture(tmp_path / "images" / f"COCO_val2014_{k:012d}.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_copy_of_pope(folder, form):
+    path = folder / "coco_pope_random.json"
+    path.write_text(FORMS[form](ROWS), encoding="utf-8")
+    task = find(f"pope:{path}")[0]
+    assert [(i.id, i.question, i.truth) for i in task.items] == [
+        (str(r["question_id"]), r["text"], r["label"]) for r in ROWS
+    ]
+    assert task.open(task.items[0]).name == "COCO_val2014_000000000001.jpg"
+    assert task.name == "coco_pope_random"
+    found = task.score(task.items, [{"answer": a} for a in ("Yes", "Yes", "No")])
+    assert found.correct == (True, False, True)
+
+
+def test_without_the_prefix(folder):
+    bare = folder / "bare"
+    for k in (1, 2):
+        picture(bare / f"{k:012d}.jpg")
+    path = folder / "p.json"
+    path.write_text(FORMS["lines"](ROWS))
+    assert find(f"pope:{path}", images=bare)[0].open(Item("", ROWS[0]["image"], "")).name == "000000000001.jpg"
+
+
+def test_our_own_export_is_read(tmp_path):
+    drawn = [scenes.draw(k, size=56) for k in range(6)]
+    path = scenes.export.pope(drawn, tmp_path, size=56)[2]
+    task = find(f"pope:{path}")[0]
+    assert len(task.items) % 6 == 0
+    assert all(task.score(task.items, [{"answer": i.truth} for i in task.items]).correct)
+    scenes.export.coco(drawn, tmp_path, size=56, captions=2)
+    chair = find(f"chair:{tmp_path}", n=3)[0]
+    said = [{"answer": " ".join(item.tags["objects"])} for item in chair.items]
+    found = chair.score(chair.items, said)
+    assert len(chair.items) == 3
+    assert (found["chair_i"], found["recall"]) == (0, 1)
+    table = tmp_path / "synonyms.txt"
+    table.write_text("\n".join(scenes.KINDS))
+    assert find(f"chair:{tmp_path}", words="simple")[0].score(chair.items, said)["recall"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "is empty"),
+        ('{"question_id": 1, "image"', "line 1 is no JSON"),
+        (FORMS["lines"](ROWS)[:-9], "line 3 is no JSON"),
+        (json.dumps(ROWS)[:-9], "damaged or cut off"),
+        ("[1, 2]", "entry 1 is no JSON object"),
+        ('{"caption": "a dog"}', "question 1 has no 'label': it has caption"),
+        (json.dumps([{**ROWS[0], "label": "maybe"}]), "'maybe'"),
+        (json.dumps([ROWS[0], ROWS[0]]), "1 ids occur more than once, for example '1'"),
+        ("[]", "no questions"),
+    ],
+)
+def test_damaged_and_foreign_files(folder, text, named):
+    path = folder / "p.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=named):
+        find(f"pope:{path}")
+
+
+def test_missing_pictures_are_named_and_counted(folder):
+    path = folder / "p.json"
+    path.write_text(FORMS["lines"](ROWS))
+    (folder / "images" / "COCO_val2014_000000000002.jpg").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"1 of 2 pictures are missing \(COCO_val2014_000000000002.jpg\).*--skip-missing"
+    ):
+        find(f"pope:{path}")
+    task = find(f"pope:{path}", skip_missing=True)[0]
+    assert len(task.items) == 2
+    assert task.facts()["missing_pictures"] == 1
+    (folder / "images" / "COCO_val2014_000000000001.jpg").unlink()
+    with pytest.raises(InputError, match="2 of 2 pictures"):
+        find(f"pope:{path}", skip_missing=True)
+    with pytest.raises(InputError, match="--images FOLDER"):
+        find(f"pope:{path}", images=folder / "none")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_mme_folders(tmp_path, nested):
+    for task, stem in (("existence", "0001"), ("OCR", "a.b")):
+        where = tmp_path / task
+        picture(where / ("images" if nested else ".") / f"{stem}.jpg")
+        text = where / ("questions_answers_YN" if nested else ".") / f"{stem}.txt"
+        text.parent.mkdir(exist_ok=True)
+        text.write_text("Is it so? Please answer yes or no.\tYes\nIs it not so?\tNo\n")
+    task = find(f"mme:{tmp_path}")[0]
+    assert [item.truth for item in task.items] == ["yes", "no"] * 2
+    assert {item.question for item in task.items} == {f"Is it {x}so? Please answer yes or no." for x in ("", "not ")}
+    assert task.open(task.items[-1]).name == "a.b.jpg"
+    assert task.score(task.items, [{"answer": i.truth} for i in task.items])["perception"] == 400
+    text.write_text("Is it so?\tYes\n")
+    with pytest.raises(InputError, match="two lines"):
+        find(f"mme:{tmp_path}")
+    with pytest.raises(InputError, match="no subtask of MME"):
+        find(f"mme:{tmp_path / 'OCR'}")
+
+
+def test_subsets_are_whole_pictures():
+    items = [Item(f"{p}-{k}", str(p), "?") for p in range(10) for k in range(3)]
+    chosen = subset(items, 7, seed=0)
+    assert len(chosen) == 9
+    assert len({i.picture for i in chosen}) == 3
+    assert chosen == subset(items, 7, seed=0) != subset(items, 7, seed=1)
+    assert subset(items, None, 0) == items
+    with pytest.raises(ParameterError, match="n=0"):
+        subset(items, 0, 0)
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(UnknownNameError, match="did you mean scenes"):
+        find("scene:pope")
+    with pytest.raises(InputError, match="names no file"):
+        find("mme")
+    with pytest.raises(InputError, match=r"no instances\*\.json"):
+        files.coco_chair(tmp_path)
+    with pytest.raises(InputError, match="cannot read"):
+        find(f"pope:{tmp_path / 'none.json'}", images=tmp_path)

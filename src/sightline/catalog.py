@@ -23,6 +23,7 @@ from sightline.errors import ParameterError, UnknownNameError, nearest
 
 KINDS = {
     "steer": "edit attention or hidden states while the model answers",
+    "mix": "replace softmax attention: modules (B, *grid, C) -> (B, *grid, C)",
 }
 
 
@@ -79,13 +80,14 @@ def param(default: Any, help: str, *, low: float | None = None, high: float | No
 
 
 def check_parameters(instance: Any) -> None:
-    """Raise ParameterError for the first field outside the range that its `param` states."""
+    """Raise ParameterError for the first field (or member of a tuple) outside the range that its `param` states."""
     for f in dataclasses.fields(instance):
         value, low, high = getattr(instance, f.name), f.metadata.get("low"), f.metadata.get("high")
         if value is None or (low is None and high is None):
             continue
         low, high = -float("inf") if low is None else low, float("inf") if high is None else high
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        members = value if isinstance(value, tuple) and "tuple" in str(f.type) else (value,)
+        if any(isinstance(m, bool) or not isinstance(m, (int, float)) or not low <= m <= high for m in members):
             raise ParameterError(
                 f"{type(instance).__name__}: {f.name}={value!r} is out of range; choose {f.name} in [{low:g}, {high:g}]"
             )
@@ -168,6 +170,9 @@ def build(slug: str, settings: dict[str, Any]) -> Any:
     for key in settings:
         if key not in known:
             raise ParameterError(f"{slug} has no parameter {key!r}: {nearest(key, known)}")
+    required = [f.name for f in found.parameters if f.init and f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in settings]:
+        raise ParameterError(f"{slug} needs {' and '.join(missing)}: write {slug}:{missing[0]}=...")
     return found.cls(**{k: _convert(slug, k, v, hints[k]) if isinstance(v, str) else v for k, v in settings.items()})
 
 

@@ -1,0 +1,11 @@
+"""Operators that replace softmax attention: modules (B, *grid, C) -> (B, *grid, C), one file each."""
+
+from __future__ import annotations
+
+from sightline.mix.flowformer import Flow
+from sightline.mix.fna import FNA
+from sightline.mix.gna import GNA
+
+Neighborhood = GNA
+
+__all__ = ["FNA", "GNA", "Flow", "Neighborhood"]

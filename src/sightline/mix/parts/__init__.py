@@ -1,0 +1,1 @@
+"""What several mixers share: their base class, query and key groups, windows on axes, local branches."""

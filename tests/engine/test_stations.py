@@ -87,6 +87,28 @@ def test_memory_goes_from_the_tower_to_its_own_sequence_only(how, tiny):
     assert found == ([2] * 3 if how == "forward" else [2] * 6)
 
 
+def test_memory_of_a_later_picture_joins_its_sequence(tiny):
+    """`generate` encodes pictures before its forward: those of a second question belong to the cache it goes on with."""
+    host = tiny("llava")
+    more = host.inputs(["And this?"], [[picture(64, 64, 5)]])
+    found = []
+
+    def tower(site):
+        site.state["pictures", site.state.get("answers", 0)] = True
+
+    def logits(site, x):
+        site.state["answers"] = site.state.get("answers", 0) + 1
+        found.append(sorted(k for k in site.state if k != "answers"))
+
+    with sl.attach(host.model, toy(vision_attention=tower, logits=logits)), torch.no_grad():
+        cache = host.model(**one(host)).past_key_values
+        encoded = host.model.model.get_image_features(more["pixel_values"])
+        features = {"image": encoded}
+        host.model(input_ids=more["input_ids"], mm_encoder_outputs=features, past_key_values=cache)
+        host.model(**one(host))
+    assert [len(keys) for keys in found] == [1, 1, 1]
+
+
 def test_a_tower_alone_begins_anew_with_every_picture(tiny, tiny_vit):
     for host, model in ((tiny("llava"), tiny("llava").model), (tiny_vit("timm"), tiny_vit("timm").model)):
         seen = []

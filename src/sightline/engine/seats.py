@@ -154,10 +154,7 @@ def attention_function(
         raise HostError(
             f"{type(module).__name__} uses {', '.join(unusual)} in its attention, which sightline cannot edit"
         )
-    if dropout > 0:
-        raise HostError(
-            f"attention dropout is {dropout}: call model.eval(), or set attention_dropout to 0, before attaching"
-        )
+    _refuse_dropout(dropout)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(attention_mask is None and query.shape[2] > 1 and causal)
     if causal and key.shape[2] > query.shape[2]:  # prefill into a static cache: the rest is still empty
@@ -167,6 +164,11 @@ def attention_function(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shown = seat.plain == "eager"
     return seat.run(Call(query, key_now, value_now, attention_mask, causal, scale, shown), plain)
+
+
+def _refuse_dropout(dropout: float) -> None:
+    if dropout > 0:
+        raise HostError(f"attention dropout is {dropout}: call model.eval(), or set it to 0, before attaching")
 
 
 def _intercept(module: nn.Module, seat: Seat, undo: ExitStack) -> None:
@@ -197,13 +199,17 @@ class _SDPA(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
+        _refuse_dropout(kwargs.get("dropout_p", 0.0))
         query, key, value = args[:3]
+        mask = kwargs.get("attn_mask")
+        while mask is not None and mask.dim() < 4:  # torch broadcasts it so
+            mask = mask[None]
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
 
         def plain() -> tuple[Tensor, None]:
             return func(*args, **kwargs).transpose(1, 2), None
 
-        call = Call(query, key, value, kwargs.get("attn_mask"), bool(kwargs.get("is_causal")), scale)
+        call = Call(query, key, value, mask, bool(kwargs.get("is_causal")), scale)
         with torch._C.DisableTorchFunction():
             output, _ = self.seat.run(call, plain)
         return output.transpose(1, 2)

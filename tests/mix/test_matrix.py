@@ -17,6 +17,7 @@ SMALL: dict[type, tuple[dict, tuple[int, ...]]] = {  # parameters, an odd grid
     mix.GNA: ({"window": (3, 4), "stride": 2, "causal": (False, True)}, (7, 5)),
     mix.FNA: ({"window": 3, "dilation": 2}, (7, 9)),
     mix.Flow: ({}, (5, 7)),
+    mix.InLine: ({}, (5, 3)),
 }
 REGISTERED = [e.cls for e in catalog.load_all().values() if e.kind == "mix"]
 every = pytest.mark.parametrize("cls", list(SMALL), ids=lambda c: c.__name__)

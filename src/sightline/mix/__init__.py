@@ -5,7 +5,8 @@ from __future__ import annotations
 from sightline.mix.flowformer import Flow
 from sightline.mix.fna import FNA
 from sightline.mix.gna import GNA
+from sightline.mix.inline import InLine
 
 Neighborhood = GNA
 
-__all__ = ["FNA", "GNA", "Flow", "Neighborhood"]
+__all__ = ["FNA", "GNA", "Flow", "InLine", "Neighborhood"]

@@ -1,49 +1,61 @@
-"""A loaded-model stand-in over the tiny random hosts, with sinks forced by a low threshold."""
+"""The tiny random hosts as loaded models, with sinks forced by a low threshold, and the naive truth beside them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sightline.explain.questions import held_out
+from sightline.engine.attach import attach
+from sightline.engine.record import Seen, record
+from sightline.engine.tokens import Role
+from sightline.explain.observing import prefill
+from sightline.explain.questions import Item, held_out
 from sightline.hosts import find
+from sightline.lvlm import LVLM
 from tests.tiny_hosts import TINY
 
 TAU, DIMS = 1.6, (3, 7)
 SINKS = {"tau": TAU, "sink_dims": DIMS}
 
 
-@dataclass
-class TinyLVLM:
-    """Has what `sightline.load` returns."""
-
-    name: str
-    made: Any
-
-    def __post_init__(self) -> None:
-        self.model, self.processor = self.made.model, self.made.processor
-        self.host = find(self.model)
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-
-    def inputs(self, images: list, questions: list) -> Any:
-        return self.made.inputs(questions, [[image] for image in images])
+@lru_cache
+def lvlm(name: str = "llava") -> LVLM:
+    made = TINY[name]()
+    return LVLM(made.model, made.processor, find(made.model), name)
 
 
 @lru_cache
-def lvlm(name: str = "llava") -> TinyLVLM:
-    return TinyLVLM(name, TINY[name]())
+def items() -> tuple[Item, ...]:
+    return tuple(held_out(3, size=56))
 
 
-@lru_cache
-def items(n: int = 3) -> list:
-    return held_out(n, size=56)
+def batch(count: int = 3) -> SimpleNamespace:
+    """Questions of different lengths about different pictures, so that rows are padded."""
+    chosen = [items()[0], items()[-1], items()[5]][:count]
+    return SimpleNamespace(
+        items=chosen,
+        images=[i.scene.image for i in chosen],
+        questions=[i.text for i in chosen],
+        answers=[i.answer for i in chosen],
+    )
 
 
-def parts(count: int) -> SimpleNamespace:
-    chosen = items()[:: max(1, len(items()) // count)][:count]
-    return SimpleNamespace(items=chosen, images=[i.scene.image for i in chosen], questions=[i.text for i in chosen],
-                           answers=[i.answer for i in chosen])  # fmt: skip
+def whole(model: LVLM, images: list, questions: list, *systems: Any) -> Seen:
+    """The full maps of the prompt, `.maps[0][layer]` (B, H, N, N), and phi, under some systems."""
+    recorder = record(maps=True, **SINKS)
+    with attach(model.model, *systems, recorder, host=model.host):
+        prefill(model, model.inputs(images, questions))
+    return recorder.seen
+
+
+def text_rows(seen: Seen, b: int) -> torch.Tensor:
+    """(N,) bool: text after the picture."""
+    return seen.tokens.role[b] == int(Role.AFTER)
+
+
+def sinks_of(seen: Seen, layer: int, b: int) -> torch.Tensor:
+    """(N,) bool: the visual sinks of a layer."""
+    return seen.tokens.visual[b] & (seen.phi[layer][b] > TAU)

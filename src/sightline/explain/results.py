@@ -131,7 +131,7 @@ def _maps(see: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tokens = np.array([row["tokens"] for row in see], float)
     base = np.array([row["background"] for row in see], float) / tokens
     with_sinks, without = _table(see, "on objects"), _table(see, "on objects without sinks")
-    some = sinks.sum(0) > 0  # layers with sinks
+    some = sinks.sum(0) > 0 if sinks.any() else np.ones(sinks.shape[1], bool)  # layers with sinks, else all
     share = np.divide(hit.sum(1), sinks.sum(1), out=np.full(len(see), np.nan), where=sinks.sum(1) > 0)
     where = range(len(see))
     return {

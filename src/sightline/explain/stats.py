@@ -33,7 +33,7 @@ def wilson(hits: int, n: int) -> Estimate:
     p, z2 = hits / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Estimate(p, centre - half if hits else 0.0, centre + half if hits < n else 1.0, n)
 
 
 def bootstrap(values: Sequence[float], clusters: Sequence[int], weights: Sequence[float] | None = None) -> Estimate:

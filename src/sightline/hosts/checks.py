@@ -35,6 +35,7 @@ def checked(
     if len(layouts) != len(sizes):
         raise InputError(f"{len(sizes)} sizes for {len(layouts)} pictures: {ADVICE}")
     if isinstance(host, Host) and not hasattr(inputs, "shape") and inputs.get("input_ids") is not None:
+        _require_tensor("input_ids", inputs)
         wanted = int((inputs["input_ids"] == getattr(model.config, host.image_token)).sum())
         found = sum(len(layout) for layout in layouts)
         if wanted != found:
@@ -44,9 +45,26 @@ def checked(
     return layouts
 
 
-def require_count(name: str, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], axis: int = 0) -> None:
-    """InputError unless `inputs[name]` has one entry per picture."""
+def require_count(name: str, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], exact: bool = True) -> None:
+    """InputError unless `inputs[name]` is a tensor and, when `exact`, has one entry per picture."""
     if name not in inputs:
         raise InputError(f"the inputs have no {name!r}: they hold {sorted(inputs)}")
-    if inputs[name].shape[axis] != len(sizes):
-        raise InputError(f"{len(sizes)} sizes for {inputs[name].shape[axis]} pictures in {name!r}: {ADVICE}")
+    _require_tensor(name, inputs)
+    if exact and inputs[name].shape[0] != len(sizes):
+        raise InputError(f"{len(sizes)} sizes for {inputs[name].shape[0]} pictures in {name!r}: {ADVICE}")
+
+
+def require_sizes(inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> None:
+    """InputError unless the sizes are those that the processor noted in `image_sizes` (as height, width)."""
+    require_count("image_sizes", inputs, sizes)
+    noted = [(int(width), int(height)) for height, width in inputs["image_sizes"].tolist()]
+    if noted != [tuple(size) for size in sizes]:
+        raise InputError(f"sizes {[tuple(s) for s in sizes]} are not those of the inputs, {noted}: {ADVICE}")
+
+
+def _require_tensor(name: str, inputs: Mapping[str, Any]) -> None:
+    if not hasattr(inputs[name], "shape"):
+        kind = type(inputs[name]).__name__
+        raise InputError(
+            f"inputs[{name!r}] is a {kind}: call the processor with return_tensors='pt', one batch at a time"
+        )

@@ -13,13 +13,14 @@ from typing import Any
 from sightline.errors import InputError
 from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas, edge, join
-from sightline.hosts.checks import ADVICE
+from sightline.hosts.checks import ADVICE, require_count
 from sightline.hosts.geometry import Layout
 from sightline.hosts.plain import pair, patch_grid
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
     """The whole picture, then the crops of pan-and-scan, each a square grid of averaged patches."""
+    require_count("pixel_values", inputs, sizes, exact=False)
     settings = getattr(processor, "images_kwargs", {})
     views = inputs["pixel_values"].shape[0]
     scan = bool(settings.get("do_pan_and_scan"))

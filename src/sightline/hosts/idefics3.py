@@ -13,7 +13,7 @@ from typing import Any
 from sightline.errors import InputError
 from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas, edge, join
-from sightline.hosts.checks import ADVICE
+from sightline.hosts.checks import ADVICE, require_count
 from sightline.hosts.geometry import Layout
 from sightline.hosts.plain import patch_grid
 
@@ -22,9 +22,11 @@ LONGEST = 4096  # the processors' own upper bound on a picture's edge
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
     """Tiles row-major, then the whole picture; one view when it is not split."""
+    require_count("pixel_values", inputs, sizes, exact=False)
     pictures = processor.image_processor
     tile, patch = edge(pictures.max_image_size, "longest_edge"), int(model.config.vision_config.patch_size)
-    views = int(inputs["pixel_attention_mask"].flatten(2).any(-1).sum()) if "pixel_attention_mask" in inputs else None
+    mask = inputs.get("pixel_attention_mask")  # (B, views, H, W), zero for the views that fill up rows
+    views = None if mask is None else int((mask.reshape(*mask.shape[:2], -1) > 0).any(-1).sum())
     split = pictures.do_image_splitting
     for cut in (split, not split):  # whether to split may have been said in the call: the number of views tells
         found = [_views(size, pictures, tile, cut) for size in sizes]

@@ -12,30 +12,31 @@ from typing import Any
 from sightline.errors import InputError
 from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas, edge, join
-from sightline.hosts.checks import ADVICE
+from sightline.hosts.checks import ADVICE, require_count
 from sightline.hosts.geometry import Layout
 from sightline.hosts.plain import pair, patch_grid
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
     """Tiles row-major, then the thumbnail."""
+    require_count("pixel_values", inputs, sizes, exact=False)
     pictures = processor.image_processor
     settings = getattr(processor, "images_kwargs", {})
     tile = edge(pictures.size, "height"), edge(pictures.size, "width")
     patch, merge = pair(model.config.vision_config.patch_size), round(1 / model.config.downsample_ratio)
     split = settings.get("crop_to_patches", pictures.crop_to_patches)
+    limits = settings.get("min_patches", pictures.min_patches), settings.get("max_patches", pictures.max_patches)
     for cut in (split, not split):  # whether to cut may have been said in the call: the number of tiles tells
-        shapes = [_shape(size, tile, pictures) if cut else (1, 1) for size in sizes]
+        shapes = [_shape(size, tile, limits) if cut else (1, 1) for size in sizes]
         if sum(r * c + (r * c > 1) for r, c in shapes) == inputs["pixel_values"].shape[0]:
             return [_tiled(size, shape, tile, patch, merge) for size, shape in zip(sizes, shapes, strict=True)]
     raise InputError(f"pictures of sizes {list(sizes)} do not give {inputs['pixel_values'].shape[0]} tiles: {ADVICE}")
 
 
-def _shape(size: tuple[int, int], tile: tuple[int, int], pictures: Any) -> tuple[int, int]:
-    """(rows, columns) of tiles."""
+def _shape(size: tuple[int, int], tile: tuple[int, int], limits: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of tiles, of which there are between the two limits."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-    limits = pictures.min_patches, pictures.max_patches
     columns, rows = get_optimal_tiled_canvas((size[1], size[0]), tile, *limits)
     return rows, columns
 

@@ -26,7 +26,7 @@ def class_tokens(model: Any) -> int:
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
     """One view per picture, row-major; with strategy "full" the class token comes first, as a separator."""
     require_count("pixel_values", inputs, sizes)
-    if inputs["pixel_values"].dim() != 4 or "image_sizes" in inputs:
+    if inputs["pixel_values"].ndim != 4 or "image_sizes" in inputs:
         raise HostError(
             f"host 'llava' knows one view of fixed size per picture, not that of {type(processor).__name__}"
         )

@@ -11,14 +11,14 @@ from typing import Any
 from sightline.errors import HostError
 from sightline.hosts.anyres import anyres, tiles
 from sightline.hosts.base import Host, register
-from sightline.hosts.checks import require_count
+from sightline.hosts.checks import require_sizes
 from sightline.hosts.geometry import Layout
 from sightline.hosts.llava import class_tokens
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
     """Base view, then the tiles' tokens row by row with newlines."""
-    require_count("pixel_values", inputs, sizes)
+    require_sizes(inputs, sizes)
     vision = model.config.vision_config
     tile = int(inputs["pixel_values"].shape[-1])
     if tile != vision.image_size or class_tokens(model) != (processor.vision_feature_select_strategy == "default"):

@@ -14,14 +14,14 @@ from sightline.errors import HostError
 from sightline.hosts.anyres import anyres, tiles, view
 from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas
-from sightline.hosts.checks import require_count
+from sightline.hosts.checks import require_sizes
 from sightline.hosts.geometry import Layout
 from sightline.hosts.llava import class_tokens
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
     """Base view and tiles for a lone picture; one square view each for pictures that share a question."""
-    require_count("pixel_values", inputs, sizes)
+    require_sizes(inputs, sizes)
     vision = model.config.vision_config
     tile, patch = int(inputs["pixel_values"].shape[-1]), vision.patch_size
     if tile != vision.image_size or class_tokens(model) != (processor.vision_feature_select_strategy == "default"):

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sightline.errors import InputError
 from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas, grid, join
-from sightline.hosts.checks import require_count
+from sightline.hosts.checks import ADVICE, require_count
 from sightline.hosts.geometry import Layout
 
 
@@ -26,9 +27,17 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
     for size, (_, rows, columns) in zip(sizes, inputs["image_grid_thw"].tolist(), strict=True):
         canvas = Canvas(*size).resize(columns * patch, rows * patch)
         shape = (rows // merge, columns // merge)
+        _require_ratio(size, shape)
         part = grid(canvas, 0, *shape, (patch * merge, patch * merge), merge)
         found.append(join(size, [part], [shape], [(rows, columns)]))
     return found
+
+
+def _require_ratio(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    """InputError when the picture's aspect ratio is not that of its grid, whose sides are rounded by under one token."""
+    (width, height), (rows, columns) = size, shape
+    if not (columns - 1) * height <= width * (rows + 1) or not width * (rows - 1) <= (columns + 1) * height:
+        raise InputError(f"a picture of {width} x {height} pixels does not give {columns} x {rows} tokens: {ADVICE}")
 
 
 def packed_order(model: Any, layouts: Sequence[Layout]) -> list[np.ndarray]:

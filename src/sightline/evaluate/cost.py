@@ -1,0 +1,169 @@
+"""What a combination of systems costs: FLOPs, time, cache and memory, measured interleaved with the baseline.
+
+One question at a time (batch 1), the same for all; every round measures every combination once, in rotating order, after
+warm-up rounds; the median of the rounds is reported. All combinations run on the same attention kernel of the host.
+
+    prefill_gflops   counted by torch's FlopCounterMode over the whole first forward (tower, projector, decoder, lm_head);
+                     1 multiply-accumulate = 2 FLOPs
+    decoder_gflops   the part inside the decoder's layers, counted
+    formula_gflops   the same by formula (see `flops`), from the tokens that entered each layer
+    prefill_ms       prepared inputs -> first token (tower and selection included)
+    ttft_ms          picture and text -> first token (preprocessing included)
+    tokens_per_s     new tokens after the first / time after the first
+    kv_mib           keys and values after the prefill
+    peak_mib         most memory in use during the generation, weights included
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from sightline.engine.attach import attach
+from sightline.errors import ParameterError
+from sightline.evaluate.flops import Decoder
+from sightline.evaluate.peak import peak_bytes
+from sightline.hosts.base import get
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sightline.evaluate.runner import Rows
+    from sightline.evaluate.task import Item, Task
+    from sightline.lvlm import LVLM
+
+WARMUP, ROUNDS, NEW_TOKENS = 3, 10, 16
+MIB = 2**20
+
+
+class _Stamps(StoppingCriteria):
+    """Notes the time after every new token; never stops."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    lvlm: LVLM,
+    rows: Rows,
+    task: Task,
+    *,
+    rounds: int = ROUNDS,
+    warmup: int = WARMUP,
+    new_tokens: int = NEW_TOKENS,
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Cost per label of `rows`, on the first question of a task.
+
+    Raises:
+        ParameterError: rounds or new_tokens is out of range.
+    """
+    from rich.progress import track
+
+    if rounds < 1 or warmup < 0 or new_tokens < 2:
+        raise ParameterError(
+            f"rounds={rounds!r}, warmup={warmup!r}, new_tokens={new_tokens!r}: choose rounds >= 1, warmup >= 0 and new_tokens >= 2"
+        )
+    item = task.items[0]
+    found = {label: count(lvlm, systems, task, item, new_tokens) for label, systems in rows.items()}
+    timed: dict[str, list[tuple[float, float, float]]] = {label: [] for label in rows}
+    labels = list(rows)
+    for k in track(range(warmup + rounds), "cost", console=console, transient=True, disable=console is None):
+        for label in labels[k % len(labels) :] + labels[: k % len(labels)]:
+            once = _time(lvlm, rows[label], task, item, new_tokens)
+            if k >= warmup:
+                timed[label].append(once)
+    for label, samples in timed.items():
+        prefill, first, rate = (statistics.median(column) for column in zip(*samples, strict=True))
+        spread = (
+            [statistics.quantiles([s[0] for s in samples], n=4)[k] for k in (0, 2)] if rounds > 1 else [prefill] * 2
+        )
+        found[label] |= {
+            "prefill_ms": 1e3 * prefill,
+            "prefill_ms_quartiles": [1e3 * value for value in spread],
+            "ttft_ms": 1e3 * first,
+            "tokens_per_s": rate,
+            "rounds": rounds,
+        }
+    return found
+
+
+def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """What needs no clock: FLOPs, tokens per layer, cache and peak memory."""
+    inputs = lvlm.inputs(task.open(item), task.prompt(item))
+    layers = get(get(lvlm.model, lvlm.host.decoder), lvlm.host.layers)
+    tokens: list[int] = []
+    with attach(lvlm.model, *systems, host=lvlm.host), ExitStack() as hooks:
+        for layer in layers:  # behind the systems' own hooks: what really enters the layer
+            hooks.callback(layer.register_forward_pre_hook(_keep_length(tokens), with_kwargs=True).remove)
+        with torch.inference_mode(), FlopCounterMode(display=False) as mode:
+            cache = lvlm.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    kept = [layer.keys.shape[-2] for layer in cache.layers]
+    stored = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    decoder = Decoder.of(lvlm.model.config)
+    with attach(lvlm.model, *systems, host=lvlm.host):
+        peak = peak_bytes(lvlm.model, lambda: _generate(lvlm, inputs, new_tokens))
+    return {
+        "prefill_gflops": mode.get_total_flops() / 1e9,
+        "decoder_gflops": _inside_layers(mode, lvlm) / 1e9,
+        "formula_gflops": 2 * decoder.prefill_macs(tokens) / 1e9,
+        "tokens_per_layer": statistics.fmean(tokens),
+        "kv_mib": stored / MIB,
+        "kv_formula_mib": decoder.kv_bytes(kept, cache.layers[0].keys.element_size()) / MIB,
+        "peak_mib": peak / MIB,
+    }
+
+
+def _keep_length(tokens: list[int]) -> Any:
+    def keep(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        tokens.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    return keep
+
+
+def _inside_layers(mode: FlopCounterMode, lvlm: LVLM) -> int:
+    """FLOPs counted inside the decoder's layers."""
+    path = f"{type(lvlm.model).__name__}.{lvlm.host.decoder}.{lvlm.host.layers}."
+    counts = mode.get_flop_counts()
+    mine = [name for name in counts if name.startswith(path) and "." not in name.removeprefix(path)]
+    return sum(sum(counts[name].values()) for name in mine)
+
+
+def _generate(lvlm: LVLM, inputs: Mapping[str, Any], new_tokens: int, stamps: _Stamps | None = None) -> None:
+    criteria = StoppingCriteriaList([stamps] if stamps else [])
+    with torch.inference_mode():
+        lvlm.model.generate(
+            **inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, stopping_criteria=criteria
+        )
+
+
+def _time(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int) -> tuple[float, float, float]:
+    """Seconds of the prefill, seconds to the first token from the picture on, tokens per second after it."""
+    picture, prompt, stamps = task.open(item), task.prompt(item), _Stamps(lvlm.device)
+    with attach(lvlm.model, *systems, host=lvlm.host):
+        synchronize(lvlm.device)
+        begin = time.perf_counter()
+        inputs = lvlm.inputs(picture, prompt)
+        synchronize(lvlm.device)
+        ready = time.perf_counter()
+        _generate(lvlm, inputs, new_tokens, stamps)
+    first, last = stamps.times[0], stamps.times[-1]
+    return first - ready, first - begin, (len(stamps.times) - 1) / max(last - first, 1e-9)

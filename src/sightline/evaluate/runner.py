@@ -1,0 +1,175 @@
+"""Ask every question under every combination of systems; go on where a killed run stopped.
+
+Batches are fixed beforehand and always run whole: a batch of which some answers are there is asked again and only the
+missing ones are kept, so that padding, and with it the last bit of every score, is the same as in an unbroken run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sightline.catalog import to_dict, to_spec
+from sightline.errors import ParameterError
+from sightline.evaluate.folder import RunFolder
+from sightline.evaluate.task import Item, Task
+
+if TYPE_CHECKING:
+    from sightline.engine.system import System
+    from sightline.lvlm import LVLM
+
+BASELINE = "none"
+MAX_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated. Greedy unless `temperature` is above 0."""
+
+    temperature: float = 0.0
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, bool) or not 1 <= self.batch_size <= MAX_BATCH:
+            raise ParameterError(f"batch_size={self.batch_size!r} is out of range: choose it in [1, {MAX_BATCH}]")
+        if not 0 <= self.temperature <= 10:
+            raise ParameterError(f"temperature={self.temperature!r} is out of range: choose it in [0, 10]")
+
+    def options(self) -> dict[str, Any]:
+        """For `model.generate`."""
+        sampled = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+        return sampled if self.temperature > 0 else {"do_sample": False, "num_beams": 1}
+
+
+Rows = dict[str, tuple["System", ...]]  # label -> systems; the baseline first
+
+
+def with_baseline(combinations: Sequence[Sequence[System]]) -> Rows:
+    """Label -> systems, "none" always first, each combination once.
+
+    Raises:
+        AttachError: two systems of a combination cannot run together.
+    """
+    from sightline.errors import AttachError
+
+    rows: Rows = {BASELINE: ()}
+    for systems in combinations:
+        for i, first in enumerate(systems):
+            for second in systems[i + 1 :]:
+                why = first.conflicts(second) or second.conflicts(first)
+                if why:
+                    raise AttachError(f"{first.slug} and {second.slug} cannot run together: {why}")
+        rows[to_spec(systems)] = tuple(systems)
+    return rows
+
+
+def configuration(lvlm: LVLM, tasks: Sequence[Task], rows: Rows, decoding: Decoding, **more: Any) -> dict[str, Any]:
+    """Everything that decides the answers: what a result states, and what must agree to go on with a run."""
+    import torch
+    import transformers
+
+    from sightline import __version__
+
+    return {
+        "model": {
+            "name": lvlm.name,
+            "host": lvlm.host.name,
+            "parameters": sum(p.numel() for p in lvlm.model.parameters()),
+            "dtype": str(lvlm.dtype).removeprefix("torch."),
+            "device": lvlm.device.type,
+            "attention": lvlm.model.config.get_text_config()._attn_implementation,
+            "revision": getattr(lvlm.model.config, "_commit_hash", None),
+        },
+        "systems": {label: [to_dict(system) for system in systems] for label, systems in rows.items()},
+        "tasks": [task.facts() for task in tasks],
+        "decoding": {
+            "method": "sampling" if decoding.temperature > 0 else "greedy",
+            "temperature": decoding.temperature,
+            "batch_size": decoding.batch_size,
+            "padding": "left",
+        },
+        "seed": decoding.seed,
+        "versions": {"sightline": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **more,
+    }
+
+
+def run(lvlm: LVLM, tasks: Sequence[Task], rows: Rows, decoding: Decoding, folder: RunFolder, console: Console) -> None:
+    """Ask what is not answered yet, writing batch by batch into the open `folder`."""
+    work = [(task, label, batch) for task, label, batch in _batches(tasks, rows, decoding)]
+    todo = [entry for entry in work if _missing(folder, *entry)]
+    total = sum(len(task.items) for task in tasks) * len(rows)
+    left = sum(len(_missing(folder, *entry)) for entry in todo)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("answers", total=total, completed=total - left)
+        for (_, label), entries in groupby(todo, key=lambda entry: (entry[0].name, entry[1])):
+            part = list(entries)
+            progress.update(bar, description=f"{part[0][0].name}, {label}")
+            for answers in _answer(lvlm, part, rows[label], decoding):
+                fresh = [row for row in answers if (row["task"], row["with"], row["id"]) not in folder.answers]
+                folder.add(fresh)
+                progress.advance(bar, len(fresh))
+
+
+def _batches(tasks: Sequence[Task], rows: Rows, decoding: Decoding) -> Iterator[tuple[Task, str, tuple[Item, ...]]]:
+    size = decoding.batch_size
+    for task in tasks:
+        for label in rows:
+            for start in range(0, len(task.items), size):
+                yield task, label, task.items[start : start + size]
+
+
+def _missing(folder: RunFolder, task: Task, label: str, batch: Sequence[Item]) -> list[Item]:
+    return [item for item in batch if (task.name, label, item.id) not in folder.answers]
+
+
+def _answer(
+    lvlm: LVLM, part: Sequence[tuple[Task, str, tuple[Item, ...]]], systems: tuple[System, ...], decoding: Decoding
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers of batches of one task under the same systems, which are attached once."""
+    from sightline.engine.attach import attach
+    from sightline.engine.record import record
+
+    task = part[0][0]
+    for _, label, batch in part:
+        # Attached anew per batch: recordings and the systems' own memory must not grow with the run.
+        observer = record(image_rows=True, sinks=False) if task.observe else None
+        used = (*systems, observer) if observer else systems
+        with attach(lvlm.model, *used, host=lvlm.host):
+            inputs, answers = generate(lvlm, task, batch, decoding)
+        seen = task.observe(lvlm, batch, inputs, observer.seen) if observer else [{}] * len(batch)
+        yield [
+            {"task": task.name, "with": label, "id": item.id, **answer, **extra}
+            for item, answer, extra in zip(batch, answers, seen, strict=True)
+        ]
+
+
+def generate(
+    lvlm: LVLM, task: Task, batch: Sequence[Item], decoding: Decoding
+) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    """(inputs, answers) of one batch: {"answer": text, "tokens": how many were generated, the end included}."""
+    import torch
+
+    inputs = lvlm.inputs([task.open(item) for item in batch], [task.prompt(item) for item in batch])
+    torch.manual_seed(zlib.crc32(f"{decoding.seed} {task.name} {batch[0].id}".encode()))
+    with torch.inference_mode():
+        made = lvlm.model.generate(**inputs, max_new_tokens=task.max_new_tokens, **decoding.options())
+    new = made[:, inputs["input_ids"].shape[1] :]  # (B, T)
+    texts = lvlm.processor.batch_decode(new, skip_special_tokens=True)
+    ends = _ends(lvlm)
+    counts = [next((k + 1 for k, i in enumerate(row) if i in ends), len(row)) for row in new.tolist()]
+    return inputs, [{"answer": text.strip(), "tokens": n} for text, n in zip(texts, counts, strict=True)]
+
+
+def _ends(lvlm: LVLM) -> set[int]:
+    end = lvlm.model.generation_config.eos_token_id
+    return set(end if isinstance(end, list | tuple) else [end])

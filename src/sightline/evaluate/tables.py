@@ -1,0 +1,148 @@
+"""The table of a run: for a terminal, for Markdown, for LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sightline.evaluate.results import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Metrics shown per row beside the main one, by main metric.
+SHOWN = {
+    "f1": ("accuracy", "precision", "recall", "yes_ratio", "colours"),
+    "chair_i": ("chair_s", "recall", "f1", "length"),
+    "score": ("accuracy", "accuracy_plus"),
+    "accuracy": ("mean_error",),
+    "leading_accuracy": ("neutral_accuracy", "swayed"),
+    "hit": ("chance", "share", "lift"),
+}
+PLAIN = ("score", "length", "mean_error", "lift", "words", "perception", "cognition", "hallucination")  # not shares
+COST = {
+    "prefill_gflops": ("prefill GFLOPs", 1.0, 2),
+    "prefill_ms": ("prefill ms", 1.0, 1),
+    "ttft_ms": ("first token ms", 1.0, 1),
+    "tokens_per_s": ("tokens/s", 1.0, 1),
+    "kv_mib": ("KV MiB", 1.0, 2),
+    "peak_mib": ("peak MiB", 1.0, 1),
+}
+Cost = Mapping[str, Mapping[str, float]]
+
+
+def number(name: str, value: float) -> str:
+    """A metric as text: shares in percent with one decimal, others with one or two."""
+    if name.endswith("_score") or name in PLAIN:
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{100 * value:.1f}"
+
+
+def figure(row: Row) -> str:
+    """The main metric with its interval: "85.9 [84.1, 87.5]"."""
+    name = row.scored.main
+    low, high, _ = row.intervals[name]
+    return f"{number(name, row.scored[name])} [{number(name, low)}, {number(name, high)}]"
+
+
+def change(row: Row) -> str:
+    """The paired comparison in words: "+1.2 [-0.3, 2.6]: noise (p = 0.21)"."""
+    if row.against is None:
+        return "baseline"
+    found = row.against
+    if found["verdict"] == "same":
+        return "every answer as right or wrong as before"
+    name, sign = found["metric"], "+" if found["difference"] > 0 else ""
+    texts = [number(name, found[key]) for key in ("difference", "low", "high")]
+    p = found["p_holm"]
+    return (
+        f"{sign}{texts[0]} [{texts[1]}, {texts[2]}]: {found['verdict']} (p {'< 0.001' if p < 0.001 else f'= {p:.2g}'})"
+    )
+
+
+def beside(row: Row) -> str:
+    """The other metrics worth seeing, in one cell."""
+    names = [name for name in SHOWN.get(row.scored.main, ()) if name in row.scored.metrics]
+    names += [name for name in row.scored.metrics if name.startswith("accuracy_0")]
+    return ", ".join(f"{name} {number(name, row.scored[name])}" for name in names)
+
+
+def grid(rows: Sequence[Row], cost: Cost) -> tuple[list[str], list[list[str]]]:
+    """(header, cells) of the whole table. Cost columns appear when cost was measured."""
+    shown = [key for key in COST if any(key in figures for figures in cost.values())]
+    header = ["task", "with", "n", "metric", "value [95 %]", "against none", "also", *(COST[k][0] for k in shown)]
+    cells = []
+    for row in rows:
+        figures = cost.get(row.label, {})
+        prices = [f"{figures[k] * COST[k][1]:.{COST[k][2]}f}" if k in figures else "" for k in shown]
+        cells.append(
+            [row.task, row.label, str(row.questions), row.scored.main, figure(row), change(row), beside(row), *prices]
+        )
+    return header, cells
+
+
+def notes(config: Mapping[str, Any]) -> list[str]:
+    """What a reader must know to repeat the table."""
+    model, decoding = config["model"], config["decoding"]
+    lines = [
+        f"Model {model['name']} ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, {model['device']}, "
+        f"attention {model['attention']}); {decoding['method']}, batch {decoding['batch_size']}, seed {config['seed']}; "
+        + ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+        + "."
+    ]
+    for task in config["tasks"]:
+        suffix = f", suffix {task['suffix']!r}" if task["suffix"] else ", no suffix"
+        missing = f", {task['missing_pictures']} pictures missing" if task["missing_pictures"] else ""
+        lines.append(
+            f"{task['task']}: {task['questions']} questions on {task['pictures']} pictures ({task['source']}){missing}"
+            f"{suffix}, at most {task['max_new_tokens']} tokens."
+        )
+    lines.append(
+        "Intervals: Wilson for shares, else bootstrap over pictures. Against none: paired difference (bootstrap over "
+        "pictures); the word comes from McNemar's exact test on the same questions, Holm-adjusted: noise is p >= 0.05."
+    )
+    return lines
+
+
+def markdown(rows: Sequence[Row], config: Mapping[str, Any], cost: Cost) -> str:
+    """table.md"""
+    header, cells = grid(rows, cost)
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    lines += [" | ".join(cell.replace("|", "\\|") for cell in line) for line in cells]
+    return "\n".join(f"| {line} |" for line in lines) + "\n\n" + "\n".join(f"- {n}" for n in notes(config)) + "\n"
+
+
+def latex(rows: Sequence[Row], config: Mapping[str, Any], cost: Cost) -> str:
+    """table.tex: a tabular for booktabs; the notes are comments."""
+    header, cells = grid(rows, cost)
+    body = [" & ".join(map(_tex, line)) + r" \\" for line in (header, *cells)]
+    return "\n".join(
+        [
+            *(f"% {note}" for note in notes(config)),
+            rf"\begin{{tabular}}{{{'l' * len(header)}}}",
+            r"\toprule",
+            body[0],
+            r"\midrule",
+            *body[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _tex(text: str) -> str:
+    for plain, written in (("\\", r"\textbackslash "), *((c, f"\\{c}") for c in "&%$#_{}")):
+        text = text.replace(plain, written)
+    return text.replace("<", "$<$").replace(">", "$>$")
+
+
+def terminal(rows: Sequence[Row], cost: Cost) -> Table:
+    """The same for a console."""
+    from rich.table import Table
+
+    header, cells = grid(rows, cost)
+    table = Table(*header)
+    for line in cells:
+        table.add_row(*line)
+    return table

@@ -140,6 +140,15 @@ def test_bars_and_head_map_choose_layer_and_head(opened, look):
     assert bars == pytest.approx([100] * 6, abs=0.01)
 
 
+def test_bars_are_the_masses_of_the_chosen_word_and_head(opened, look):
+    tab = opened(look, "word=3&head=1")
+    parts = (
+        "[...document.querySelectorAll('.bars')[1].querySelectorAll('g.bar[data-layer=\"4\"] rect:not(:last-of-type)')]"
+    )
+    heights = tab.js(f"{parts}.map(part => Number(part.getAttribute('height')))")
+    assert heights == pytest.approx(100 * look.runs[1].masses[3, 4, 1], abs=1)
+
+
 def test_the_hash_restores_everything_and_nonsense_is_clamped(opened, look):
     tab = opened(look, "run=1&word=4&layer=2&head=1&scale=share&opacity=0.3&marks=false")
     assert tab.js(PRESSED) == "ball|ball"
@@ -214,6 +223,8 @@ def test_right_to_left_answers_move_with_the_arrow(opened):
     tab.mouse(".word[data-word='0']")
     tab.key("ArrowLeft")
     assert tab.js(PRESSED) == "هناك"
+    tab.key("ArrowRight")
+    assert tab.js(PRESSED) == "نعم"
 
 
 def test_crops_can_be_seen_alone(opened):

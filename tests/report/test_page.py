@@ -107,6 +107,7 @@ def named(text: str) -> tuple[Word, ...]:
         ("a red ball", "a ball", [0, -1, 1]),
         ("a ball", "a red ball", [0, 2]),
         ("x y", "", [-1, -1]),
+        ("x y z", "p q z", [0, 1, 2]),
     ],
 )
 def test_twins(first, second, pairs):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html import unescape
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-import sightline as sl
+from sightline import loading
 from sightline.errors import InputError, ParameterError
 from sightline.explain import figures, study
 from sightline.explain.commands import app
@@ -37,7 +39,7 @@ def no_figures(monkeypatch):
 
 
 def lines(out):
-    return sorted((out / "rows.jsonl").read_text().splitlines())
+    return sorted((out / "answers.jsonl").read_text().splitlines())
 
 
 def test_results_are_complete_and_agree_with_the_rows(done):
@@ -56,8 +58,8 @@ def test_results_are_complete_and_agree_with_the_rows(done):
     }
     assert set(found["conditions"]) == names | {"mask random"}
     for name in names:
-        mine = [r for r in rows if r["condition"] == name and r["part"] == "ask"]
-        assert sorted(r["item"] for r in mine) == list(range(n))
+        mine = [r for r in rows if r["with"] == name and r["task"] == "ask"]
+        assert sorted(int(r["id"]) for r in mine) == list(range(n))
         score = found["conditions"][name]["all"]
         assert score["accuracy"]["n"] == n
         assert score["accuracy"]["value"] == pytest.approx(sum(r["right"] for r in mine) / n)
@@ -67,7 +69,7 @@ def test_results_are_complete_and_agree_with_the_rows(done):
     plain, var = found["conditions"]["none"]["all"], found["conditions"]["var"]["all"]
     assert plain["logprob change"]["value"] == 0
     assert var["logprob change"]["value"] == pytest.approx(var["logprob"]["value"] - plain["logprob"]["value"])
-    see = [r for r in rows if r["part"] == "see"]
+    see = [r for r in rows if r["task"] == "see"]
     assert len(see) == found["counts"]["pictures"] == 2
     total = sum(sum(r["sinks on background"]) for r in see) / sum(sum(r["sinks shown"]) for r in see)
     assert found["maps"]["sinks on background"]["value"] == pytest.approx(total)
@@ -98,12 +100,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(done, tmp_path, mon
     monkeypatch.setattr(study, "ask", dying)
     with pytest.raises(KeyboardInterrupt):
         study.study_var(lvlm(), tmp_path / "out", **OPTIONS)
-    kept = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
     assert kept
-    with open(tmp_path / "out" / "rows.jsonl", "ab") as file:
-        file.write(b'{"part": "ask", "con')
+    with open(tmp_path / "out" / "answers.jsonl", "ab") as file:
+        file.write(b'{"task": "ask", "wi')
     study.study_var(lvlm(), tmp_path / "out", **OPTIONS)
-    assert (tmp_path / "out" / "rows.jsonl").read_bytes().startswith(kept)
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(kept)
     assert lines(tmp_path / "out") == lines(out)
     assert (tmp_path / "out" / "results.json").read_text() == (out / "results.json").read_text()
     count = len(calls)
@@ -114,7 +116,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(done, tmp_path, mon
 def test_a_folder_of_another_study_is_refused(done, tmp_path):
     _, out = done
     before = lines(out)
-    with pytest.raises(InputError, match="holds a study with n=2, not 3"):
+    with pytest.raises(InputError, match="with n=2, now it is 3"):
         study.study_var(lvlm(), out, **{**OPTIONS, "n": 3})
     with torch.no_grad():
         weight = lvlm().model.get_input_embeddings().weight
@@ -126,8 +128,13 @@ def test_a_folder_of_another_study_is_refused(done, tmp_path):
             weight[5] -= 1
     assert lines(out) == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no study"):
+    with pytest.raises(InputError, match="other files"):
         study.study_var(lvlm(), tmp_path, **OPTIONS)
+
+
+def test_rows_are_json_without_nan_at_five_digits():
+    row = study.plain({"x": np.array([1.23456789, np.nan]), "y": (math.inf, True, 3, "a", None)})
+    assert row == {"x": [1.2346, None], "y": [None, True, 3, "a", None]}
 
 
 def test_bad_parameters_are_refused_before_any_work(tmp_path):
@@ -163,7 +170,7 @@ def test_a_model_without_sinks_is_said_to_have_none(tmp_path, monkeypatch, optio
 
 def test_command(tmp_path, monkeypatch, no_figures):
     monkeypatch.setattr(study, "SWEEP", ())
-    monkeypatch.setattr(sl, "load", lambda name, device=None: lvlm(), raising=False)
+    monkeypatch.setattr(loading, "load", lambda name, **placement: lvlm())
     out = tmp_path / "out"
     arguments = [
         "var",
@@ -182,6 +189,8 @@ def test_command(tmp_path, monkeypatch, no_figures):
     assert result.exit_code == 0, result.exception
     assert "Sink dimensions: 3, 7" in result.output
     assert (out / "index.html").exists()
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(result.output) == json.loads((out / "results.json").read_text())
     result = CliRunner().invoke(app, ["var", "--sink-dims", "3;7"])
     assert isinstance(result.exception, ParameterError)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sightline.engine.attention import Edit
     from sightline.engine.system import Site, System
     from sightline.explain.questions import Item
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 SWEEP = (0.0, 0.2, 0.4, 0.8)  # beside VAR's own 0.6
 

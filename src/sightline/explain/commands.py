@@ -29,28 +29,35 @@ def var(
     ] = None,
     draws: Annotated[int, typer.Option(help="Random masks per question.")] = 3,
     batch: Annotated[int, typer.Option(help="Questions per forward.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; by default the best.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Visual attention sinks: where they are, whether they matter, and what VAR does about them.
 
     Five experiments on scenes whose truth is known. Stop it with Ctrl-C; the same command goes on where it stopped.
     """
     dims = _dims(sink_dims)
-    import sightline as sl
+    from sightline.console import make_console, print_json, say
+    from sightline.explain.page import sentences
     from sightline.explain.study import study_var
+    from sightline.loading import load
 
+    lvlm = load(model, device=device, dtype=dtype)
     try:
         found = study_var(
-            sl.load(model, device=device), out, n=n, seed=seed, tau=tau, sink_dims=dims, draws=draws, batch=batch
+            lvlm, out, n=n, seed=seed, tau=tau, sink_dims=dims, draws=draws, batch=batch, progress=not json
         )
     except KeyboardInterrupt:
         typer.echo(f"stopped; what is done is in {out}: the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-    from sightline.explain.page import sentences
-
+    if json:
+        print_json(found)
+        return
+    console = make_console()
     for line in sentences(found).values():
-        typer.echo(line)
-    typer.echo(str(out / "index.html"))
+        say(console, line + "\n")
+    say(console, f"report: {out / 'index.html'}")
 
 
 def _dims(text: str | None) -> tuple[int, ...] | None:

@@ -31,7 +31,7 @@ LABELS = {
 
 def draw_all(found: dict[str, Any], items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """{file stem: PNG} of every figure that the study has data for."""
-    shown = [(items[row["item"]], row["map"]) for row in rows if row.get("map")]
+    shown = [(items[int(row["id"])], row["map"]) for row in rows if row.get("map")]
     made = {"sinks": sinks(found, shown), "maps": maps(found, shown), "heads": heads(found)}
     if found["contribution"]:
         made["contribution"] = contribution(found)

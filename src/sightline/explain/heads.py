@@ -14,7 +14,7 @@ from sightline.explain.observing import Observation, observe
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 
 @dataclass(frozen=True, eq=False)

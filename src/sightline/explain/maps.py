@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sightline.hosts.geometry import Layout
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 LEAST = 0.05  # a token is background when less than this share of its box is object
 

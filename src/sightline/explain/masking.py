@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from sightline.engine.system import Site
     from sightline.explain.questions import Item
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 
 @dataclass(frozen=True)

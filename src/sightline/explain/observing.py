@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sightline.hosts.geometry import Layout
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 SUMM, MIN_NONSINK_RATIO = 0.2, 0.5  # VAR's head test
 

@@ -9,9 +9,12 @@ import numpy as np
 
 from sightline import scenes
 from sightline.errors import ParameterError
+from sightline.evaluate.pope import says_yes
+from sightline.evaluate.vqa import normalise
 from sightline.scenes.polling import POPE_SPLITS
 
 OPEN = ("colour", "count", "relation", "detail")  # kinds of open questions
+MOST = 10_000  # scenes of a study
 TASKS = (*POPE_SPLITS, "open")
 
 
@@ -41,8 +44,8 @@ def held_out(n: int, seed: int = 0, size: int = 112) -> list[Item]:
         seed: which scenes; different seeds share none.
         size: side of the pictures in pixels.
     """
-    if not 2 <= n <= 100_000:
-        raise ParameterError(f"n={n} is out of range: choose n in [2, 100000]")
+    if not 2 <= n <= MOST:
+        raise ParameterError(f"n={n} is out of range: choose n in [2, {MOST}]")
     if seed < 0:
         raise ParameterError(f"seed={seed} is out of range: choose a whole number from 0 on")
     drawn = [scenes.draw(s, size=size) for s in scenes.seeds("test", (seed + 1) * n)[seed * n :]]
@@ -62,18 +65,11 @@ def held_out(n: int, seed: int = 0, size: int = 112) -> list[Item]:
     ]
 
 
-def says_yes(reply: str) -> bool:
-    """POPE's official reading: no "No", "no" or "not" among the words before the first full stop."""
-    words = reply.split(".")[0].replace(",", "").split(" ")
-    return not {"No", "no", "not"} & set(words)
-
-
 def is_right(item: Item, reply: str) -> bool:
-    """POPE's reading for yes-no questions; else whether the first sentence holds the answer or its label as a word."""
+    """POPE's official reading for yes-no questions; else whether the first sentence holds the true word ("two" is "2")."""
     if item.yes_no:
         return says_yes(reply) == (item.truth == "yes")
-    words = reply.lower().split(".")[0].replace(",", " ").split()
-    return item.answer.lower() in words or item.truth.lower() in words
+    return normalise(item.truth) in normalise(reply.split(".")[0]).split()
 
 
 def picture_size(processor: Any) -> int:

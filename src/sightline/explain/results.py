@@ -10,7 +10,7 @@ import numpy as np
 
 from sightline.explain.heads import mean_heads
 from sightline.explain.questions import TASKS, Item
-from sightline.explain.stats import bootstrap, wilson
+from sightline.explain.stats import bootstrap, proportion
 
 GROUPS = ("pope", *TASKS, "all")  # of questions
 
@@ -21,8 +21,8 @@ def summarise(config: dict[str, Any], items: Sequence[Item], rows: Sequence[dict
 
     Every estimate is {"value", "low", "high", "n"}, a 95 % interval; per-layer lists have one entry per decoder layer.
     """
-    see = [row for row in rows if row["part"] == "see"]
-    weigh = [row for row in rows if row["part"] == "weigh"]
+    see = [row for row in rows if row["task"] == "see"]
+    weigh = [row for row in rows if row["task"] == "weigh"]
     scores = _scores(items, rows)
     return {
         "config": config,
@@ -45,15 +45,15 @@ def _scores(items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, 
     found: dict[str, dict[str, np.ndarray]] = {}
     replies: dict[str, dict[int, str]] = defaultdict(dict)
     for row in rows:
-        if row["part"] != "ask":
+        if row["task"] != "ask":
             continue
-        name, i = row["condition"], row["item"]
+        name, i = row["with"], int(row["id"])
         arrays = found.setdefault(
             name, {k: np.full(len(items), np.nan) for k in ("right", "yes", "logprob", "changed")}
         )
         for key in ("right", "yes", "logprob"):
             arrays[key][i] = np.nan if row[key] is None else float(row[key])
-        replies[name][i] = row["reply"]
+        replies[name][i] = row["answer"]
     for name, arrays in found.items():
         for i, reply in replies[name].items():
             arrays["changed"][i] = float(reply != replies["none"][i])
@@ -110,7 +110,7 @@ def _members(items: Sequence[Item], group: str) -> np.ndarray:
 def _proportion(values: np.ndarray, where: Sequence[int]) -> Any:
     """Wilson for answers that are right or not; a bootstrap over pictures for means over draws."""
     whole = np.isin(values, (0.0, 1.0)).all()
-    return wilson(int(values.sum()), len(values)) if whole else bootstrap(values, where)
+    return proportion(int(values.sum()), len(values)) if whole else bootstrap(values, where)
 
 
 def _sinks(see: Sequence[dict[str, Any]]) -> dict[str, Any]:

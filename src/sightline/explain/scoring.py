@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sightline.engine.system import System
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 LENGTH = 6  # tokens of an answer that are read
 TAIL = 6  # tokens of the prompt's end that decide how an answer is spelled

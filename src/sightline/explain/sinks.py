@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sightline.hosts.geometry import Layout
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 __all__ = ["SinkMap", "find_sink_dims", "map_of", "sink_map"]
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-Z = 1.959964  # 95 %
+from sightline.evaluate.stats import wilson
+
 DRAWS = 2000  # bootstrap samples
 
 
@@ -26,14 +27,9 @@ class Estimate:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
-def wilson(hits: int, n: int) -> Estimate:
-    """Wilson score interval of a proportion; the n answers are taken as independent."""
-    if n == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    p, z2 = hits / n, Z * Z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Estimate(p, centre - half if hits else 0.0, centre + half if hits < n else 1.0, n)
+def proportion(hits: int, n: int) -> Estimate:
+    """A proportion with its Wilson score interval; the n answers are taken as independent."""
+    return Estimate(hits / n, *wilson(hits, n), n) if n else Estimate(math.nan, math.nan, math.nan, 0)
 
 
 def bootstrap(values: Sequence[float], clusters: Sequence[int], weights: Sequence[float] | None = None) -> Estimate:

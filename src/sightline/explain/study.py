@@ -1,6 +1,6 @@
 """The study of VAR's claims on one model: all experiments on held-out scenes, resumable, with figures and a page.
 
-A folder holds `config.json`, `rows.jsonl` (one row per question and measurement, appended as they are made),
+A folder holds `config.json`, `answers.jsonl` (one row per question and measurement, appended as they are made),
 `results.json`, the figures, and `index.html`.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +21,29 @@ import torch
 from sightline.engine.attach import shape_of
 from sightline.engine.sinks import check_tau, default_tau, sink_dims_of
 from sightline.errors import ParameterError
+from sightline.evaluate.folder import RunFolder
+from sightline.evaluate.pope import says_yes
 from sightline.explain.ablation import SWEEP, variants
-from sightline.explain.journal import Journal, open_folder, write
 from sightline.explain.maps import maps_of
 from sightline.explain.masking import MaskTokens, random_mask
 from sightline.explain.observing import observe
-from sightline.explain.questions import Item, held_out, is_right, picture_size, says_yes
+from sightline.explain.questions import Item, held_out, is_right, picture_size
 from sightline.explain.scoring import ask
 from sightline.explain.sinks import map_of
 from sightline.explain.weighing import contribution
 
 if TYPE_CHECKING:
     from sightline.engine.system import System
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 SHOWN = 4  # pictures whose whole maps are kept for the figures
-FIXED = ("model", "weights", "n", "seed", "size", "batch", "draws", "tau", "sink_dims")  # a resumed run must agree on
 
 
 @dataclass(frozen=True)
 class Unit:
     """A piece of work that is done at once: one measurement of one block of questions."""
 
-    part: str  # "see", "weigh" or "ask"
+    part: str  # "see", "weigh" or "ask": the "task" of its rows
     condition: str
     items: tuple[Item, ...]
     run: Callable[[Sequence[Item]], list[dict[str, Any]]]
@@ -83,14 +85,13 @@ def study_var(
         raise ParameterError(f"draws={draws}, batch={batch}: choose draws in [1, 100] and batch in [1, 1024]")
     config = _config(lvlm, n, seed, tau, sink_dims, draws, batch)
     items = held_out(n, seed, config["size"])
-    folder = open_folder(Path(out), config, FIXED)
-    journal = Journal(folder / "rows.jsonl")
     found = tuple(config["found_dims"])
-    looks = _looks(lvlm, items, config, found)
-    _work(journal, looks, "looking", progress)
-    sinks = bool(found) and any(any(row["sinks"]) for row in journal.rows if row["part"] == "see")
-    _work(journal, _trials(lvlm, items, config, found) if sinks else _plain(lvlm, items, batch), "asking", progress)
-    return _finish(folder, config, items, journal.rows)
+    with RunFolder(out, config) as folder:
+        _work(folder, _looks(lvlm, items, config, found), "looking", progress)
+        sinks = bool(found) and any(any(row["sinks"]) for row in folder.answers.values() if row["task"] == "see")
+        trials = _trials(lvlm, items, config, found) if sinks else _untouched(lvlm, items, batch)
+        _work(folder, trials, "asking", progress)
+        return _finish(folder, config, items)
 
 
 def _config(lvlm: LVLM, n: int, seed: int, tau: float | None, dims: Any, draws: int, batch: int) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def _trials(lvlm: LVLM, items: Sequence[Item], config: dict[str, Any], dims: tup
     ]
 
 
-def _plain(lvlm: LVLM, items: Sequence[Item], batch: int) -> list[Unit]:
+def _untouched(lvlm: LVLM, items: Sequence[Item], batch: int) -> list[Unit]:
     """Only the model as it is: with no sinks every condition would be that."""
     return [Unit("ask", "none", block, lambda block: _asked(lvlm, block, ())) for block in _blocks(items, batch)]
 
@@ -190,7 +191,7 @@ def _asked(lvlm: LVLM, block: Sequence[Item], systems: Sequence[System]) -> list
     replies = ask(lvlm, *_parts(block), [item.answer for item in block], systems)
     return [
         {
-            "reply": r.text,
+            "answer": r.text,
             "right": is_right(item, r.text),
             "yes": says_yes(r.text) if item.yes_no else None,
             "logprob": r.logprob,
@@ -209,31 +210,51 @@ def _blocks(items: Sequence[Item], batch: int) -> Iterator[tuple[Item, ...]]:
         yield tuple(items[a : a + batch])
 
 
-def _work(journal: Journal, units: Sequence[Unit], note: str, progress: bool) -> None:
-    """Do what the journal does not hold yet."""
+def _work(folder: RunFolder, units: Sequence[Unit], note: str, progress: bool) -> None:
+    """Do what the folder does not hold yet; a block that is there in part is run whole, and the rest of it kept."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    done = {(row["part"], row["condition"], row["item"]) for row in journal.rows}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
         task = bar.add_task(note, total=sum(len(u.items) for u in units))
         for unit in units:
-            missing = [item for item in unit.items if (unit.part, unit.condition, item.number) not in done]
-            if missing:
-                rows = unit.run(unit.items)
-                keys = ({"part": unit.part, "condition": unit.condition, "item": item.number} for item in unit.items)
-                both = zip(unit.items, keys, rows, strict=True)
-                journal.add([key | row for item, key, row in both if item in missing])
+            keys = [(unit.part, unit.condition, str(item.number)) for item in unit.items]
+            if any(key not in folder.answers for key in keys):
+                both = zip(keys, unit.run(unit.items), strict=True)
+                fresh = [(key, row) for key, row in both if key not in folder.answers]
+                folder.add(
+                    [
+                        {"task": part, "with": name, "id": i, "answer": "", **plain(row)}
+                        for (part, name, i), row in fresh
+                    ]
+                )
             bar.advance(task, len(unit.items))
 
 
-def _finish(folder: Path, config: dict[str, Any], items: Sequence[Item], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _finish(folder: RunFolder, config: dict[str, Any], items: Sequence[Item]) -> dict[str, Any]:
     from sightline.explain import figures, page, results
 
+    rows = list(folder.answers.values())
     found = results.summarise(config, items, rows)
-    write(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+    folder.write("results.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
     pictures = figures.draw_all(found, items, rows)
     for name, png in pictures.items():
-        write(folder / f"{name}.png", png)
-    write(folder / "index.html", page.render(found, pictures).encode("utf-8"))
+        part = folder.path / f".{name}.png.part"
+        part.write_bytes(png)
+        os.replace(part, folder.path / f"{name}.png")
+    folder.write("index.html", page.render(found, pictures))
     return found
+
+
+def plain(value: Any) -> Any:
+    """JSON-able: arrays as lists, floats at five significant digits, NaN and infinity as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

@@ -28,7 +28,7 @@ from sightline.explain.observing import Observer, prefill, prompts
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sightline.loading import LVLM
+    from sightline.lvlm import LVLM
 
 VALUE, OUTPUT = ("v_proj",), ("o_proj", "out_proj", "dense")  # names used by transformers' decoders
 CHUNK_BYTES = 32 << 20  # fp32 of u for one chunk of keys

@@ -116,8 +116,8 @@ def test_caption_quality_by_hand():
 
 
 def test_detail_is_seen_at_three_sizes(tasks):
-    task = world.build("detail", n=3, size=224)[0]
-    by_scale = {item.tags["scale"]: item for item in task.items[:3]}
+    task = world.build("detail", n=6, size=224)[0]
+    by_scale = {item.tags["scale"]: item for item in task.items[3:6]}  # a yellow mark on a red dog
     assert sorted(by_scale) == [0.5, 1, 2]
     assert by_scale[2].tags["detail"] == pytest.approx(4 * by_scale[0.5].tags["detail"], rel=0.01)
     pictures = {scale: np.asarray(task.open(item)) for scale, item in by_scale.items()}

@@ -12,6 +12,8 @@ from sightline.errors import ParameterError, check_range
 if TYPE_CHECKING:
     from sightline.evaluate.comparing import Comparison
 
+PIPED_WIDTH = 160  # columns of tables when the output is no terminal
+
 app = typer.Typer(help="Quality and cost of systems, in one table.", no_args_is_help=True)
 
 On = Annotated[
@@ -143,8 +145,11 @@ def _show(found: Comparison) -> None:
 
     from sightline.evaluate import tables
 
-    console = Console(soft_wrap=False)
-    console.print(tables.terminal(found.rows, found.cost))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPED_WIDTH)
+    for table in tables.terminal(found.rows, found.cost):
+        console.print(table)
     for line in tables.notes(found.config):
         console.print(line, style="dim", markup=False)
     console.print(f"Everything is in {found.folder}: results.json, table.md, table.tex, answers.jsonl", markup=False)

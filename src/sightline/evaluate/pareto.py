@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sightline.errors import InputError
 from sightline.evaluate.results import Row
 from sightline.evaluate.tables import COST, PLAIN
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FRONT = "#8a97a5"
 AXES = ("prefill_ms", "prefill_gflops", "ttft_ms", "kv_mib", "peak_mib")
 
 
@@ -38,29 +44,41 @@ def picture(rows: Sequence[Row], cost: Mapping[str, Mapping[str, float]], axis: 
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.9 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    colours = dict(zip(labels, _colours(len(labels)), strict=True))
     for panel, task in zip(panels.flat, tasks, strict=False):
-        _draw(panel, [row for row in rows if row.task == task], cost, axis)
+        _draw(panel, [row for row in rows if row.task == task], cost, axis, colours)
     for panel in list(panels.flat)[len(tasks) :]:
         panel.set_axis_off()
+    marks = [Line2D([], [], marker="o", linestyle="", color=colour, label=label) for label, colour in colours.items()]
+    marks.append(Line2D([], [], color=FRONT, linewidth=1, label="Pareto front"))
+    figure.legend(
+        handles=marks, loc="outside lower center", ncols=min(len(marks), 2 * columns), fontsize=9, frameon=False
+    )
     return figure
 
 
-def _draw(panel, rows: Sequence[Row], cost: Mapping[str, Mapping[str, float]], axis: str) -> None:
+def _colours(n: int) -> list:
+    """The baseline dark, the others apart from each other."""
+    from matplotlib import colormaps
+
+    few = [colormaps["tab10"](k) for k in (0, 1, 2, 3, 4, 5, 6, 8, 9)]
+    others = few if n <= len(few) + 1 else [colormaps["viridis"](k / (n - 1)) for k in range(n)]
+    return ["#202020", *others[: n - 1]]
+
+
+def _draw(panel: Axes, rows: Sequence[Row], cost: Mapping[str, Any], axis: str, colours: Mapping[str, Any]) -> None:
     name, up = rows[0].scored.main, rows[0].scored.higher_is_better
     factor = 1 if name in PLAIN else 100
     x = np.array([cost[row.label][axis] for row in rows])
     y = factor * np.array([row.scored[name] for row in rows])
     limits = factor * np.array([row.intervals[name][:2] for row in rows])
-    panel.errorbar(x, y, yerr=np.abs(limits.T - y), fmt="none", ecolor="#b8c4d0", elinewidth=1.5, capsize=3, zorder=1)
-    panel.scatter(x, y, s=34, color=["#d1495b" if row.against is None else "#2e6f95" for row in rows], zorder=3)
     best = sorted(front(x, y if up else -y), key=lambda k: x[k])
-    panel.step(x[best], y[best], where="post", color="#2e6f95", linewidth=1, alpha=0.6, zorder=2)
-    middle = (x.min() + x.max()) / 2
-    for row, px, py in zip(rows, x, y, strict=True):
-        side = {"ha": "right", "xytext": (-6, 5)} if px > middle else {"ha": "left", "xytext": (6, 5)}
-        panel.annotate(row.label, (px, py), textcoords="offset points", fontsize=8, **side)
-    panel.set_xlabel(COST[axis][0])
+    panel.step(x[best], y[best], where="post", color=FRONT, linewidth=1, zorder=1)
+    panel.errorbar(x, y, yerr=np.abs(limits.T - y), fmt="none", ecolor="#c4ccd4", elinewidth=1.5, capsize=3, zorder=2)
+    panel.scatter(x, y, s=40, c=[colours[row.label] for row in rows], zorder=3)
+    panel.set_xlabel(COST[axis])
     panel.set_ylabel(f"{name}{'' if factor == 1 else ' (%)'}{'' if up else ', lower is better'}")
     panel.set_title(rows[0].task, fontsize=10, loc="left")
-    panel.margins(x=0.14, y=0.2)
+    panel.margins(x=0.1, y=0.12)
     panel.spines[["top", "right"]].set_visible(False)

@@ -21,12 +21,12 @@ SHOWN = {
 }
 PLAIN = ("score", "length", "mean_error", "lift", "words", "perception", "cognition", "hallucination")  # not shares
 COST = {
-    "prefill_gflops": ("prefill GFLOPs", 1.0, 2),
-    "prefill_ms": ("prefill ms", 1.0, 1),
-    "ttft_ms": ("first token ms", 1.0, 1),
-    "tokens_per_s": ("tokens/s", 1.0, 1),
-    "kv_mib": ("KV MiB", 1.0, 2),
-    "peak_mib": ("peak MiB", 1.0, 1),
+    "prefill_gflops": "prefill GFLOPs",
+    "prefill_ms": "prefill ms",
+    "ttft_ms": "first token ms",
+    "tokens_per_s": "tokens/s",
+    "kv_mib": "KV MiB",
+    "peak_mib": "peak MiB",
 }
 Cost = Mapping[str, Mapping[str, float]]
 
@@ -51,7 +51,7 @@ def change(row: Row) -> str:
         return "baseline"
     found = row.against
     if found["verdict"] == "same":
-        return "every answer as right or wrong as before"
+        return "same"
     name, sign = found["metric"], "+" if found["difference"] > 0 else ""
     texts = [number(name, found[key]) for key in ("difference", "low", "high")]
     p = found["p_holm"]
@@ -67,14 +67,22 @@ def beside(row: Row) -> str:
     return ", ".join(f"{name} {number(name, row.scored[name])}" for name in names)
 
 
+def price(key: str, figures: Mapping[str, float]) -> str:
+    """A cost with three significant digits; empty when it was not measured."""
+    if key not in figures:
+        return ""
+    value = figures[key]
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def grid(rows: Sequence[Row], cost: Cost) -> tuple[list[str], list[list[str]]]:
     """(header, cells) of the whole table. Cost columns appear when cost was measured."""
     shown = [key for key in COST if any(key in figures for figures in cost.values())]
-    header = ["task", "with", "n", "metric", "value [95 %]", "against none", "also", *(COST[k][0] for k in shown)]
+    header = ["task", "with", "n", "metric", "value [95 %]", "against none", "also", *(COST[k] for k in shown)]
     cells = []
     for row in rows:
         figures = cost.get(row.label, {})
-        prices = [f"{figures[k] * COST[k][1]:.{COST[k][2]}f}" if k in figures else "" for k in shown]
+        prices = [price(key, figures) for key in shown]
         cells.append(
             [row.task, row.label, str(row.questions), row.scored.main, figure(row), change(row), beside(row), *prices]
         )
@@ -99,7 +107,8 @@ def notes(config: Mapping[str, Any]) -> list[str]:
         )
     lines.append(
         "Intervals: Wilson for shares, else bootstrap over pictures. Against none: paired difference (bootstrap over "
-        "pictures); the word comes from McNemar's exact test on the same questions, Holm-adjusted: noise is p >= 0.05."
+        "pictures); the word comes from McNemar's exact test on the same questions, Holm-adjusted: noise is p >= 0.05, "
+        "same means that no answer changed between right and wrong."
     )
     return lines
 
@@ -137,12 +146,24 @@ def _tex(text: str) -> str:
     return text.replace("<", "$<$").replace(">", "$>$")
 
 
-def terminal(rows: Sequence[Row], cost: Cost) -> Table:
-    """The same for a console."""
+def terminal(rows: Sequence[Row], cost: Cost) -> list[Table]:
+    """The same for a console, one narrow table per task."""
     from rich.table import Table
 
-    header, cells = grid(rows, cost)
-    table = Table(*header)
-    for line in cells:
-        table.add_row(*line)
-    return table
+    shown = [key for key in ("prefill_gflops", "prefill_ms", "tokens_per_s") if any(key in f for f in cost.values())]
+    tables = []
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        main = mine[0].scored.main
+        arrow = "higher" if mine[0].scored.higher_is_better else "lower"
+        table = Table(title=f"{task}, {mine[0].questions} questions ({arrow} {main} is better)", title_justify="left")
+        table.add_column("with", overflow="fold")
+        table.add_column(f"{main} [95 %]", no_wrap=True)
+        table.add_column("against none")
+        for key in shown:
+            table.add_column(COST[key], justify="right")
+        for row in mine:
+            prices = [price(key, cost.get(row.label, {})) for key in shown]
+            table.add_row(row.label, figure(row), change(row), *prices)
+        tables.append(table)
+    return tables

@@ -1,0 +1,258 @@
+"""The whole path on a tiny model: resuming, determinism, verdicts, tables, cost, sweeps, tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sightline.errors import AttachError, InputError, ParameterError, UnknownNameError
+from sightline.evaluate import comparing, results, tables, world
+from sightline.evaluate.folder import ANSWERS, RunFolder
+from sightline.evaluate.runner import Decoding, generate, run, with_baseline
+from sightline.evaluate.scored import Scored
+from sightline.evaluate.sweep import default_grid, expand, parse_all
+
+SIZE = 56
+ONE = Decoding(batch_size=5)
+
+
+def short(task, tokens=2):
+    return dataclasses.replace(task, max_new_tokens=tokens)
+
+
+def go(lvlm, tasks, systems, out, console, **options):
+    return comparing.compare(lvlm, tasks, systems, out, console=console, **{"decoding": ONE, "cost": False, **options})
+
+
+def test_answers_are_those_of_ask(lvlm, relation, console, tmp_path, var):
+    """Every answer is what the model says when asked alone; the systems act only in their own rows."""
+    model, task = lvlm(), short(relation)
+    found = go(model, [task], [[var]], tmp_path, console)
+    assert [row.label for row in found.rows] == ["none", next(k for k in found.config["systems"] if k != "none")]
+    kept = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
+    assert len(kept) == 2 * len(task.items)
+    for row in kept[:3] + kept[-3:]:
+        item = next(i for i in task.items if i.id == row["id"])
+        systems = [] if row["with"] == "none" else [var]
+        assert row["answer"] == model.ask(task.open(item), task.prompt(item), systems=systems, max_new_tokens=2)
+        assert row["tokens"] == 2
+    assert {row["answer"] for row in kept[:12]} != {row["answer"] for row in kept[12:]}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lines", [0, 1, 7, 12, 17])
+def test_a_stopped_run_goes_on(lvlm, relation, console, tmp_path, var, lines, monkeypatch):
+    """Stopped after any number of answers, also in the middle of a batch and of a line: the same results, nothing twice."""
+    model, task = lvlm(), short(relation)
+    go(model, [task], [[var]], tmp_path / "whole", console)
+    go(model, [task], [[var]], tmp_path / "part", console)
+    path = tmp_path / "part" / ANSWERS
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:lines]) + kept[lines][:9])
+    (tmp_path / "part" / "results.json").unlink()
+    asked = []
+    original = comparing.run.__globals__["generate"]
+    monkeypatch.setitem(comparing.run.__globals__, "generate", lambda *a: asked.append(len(a[2])) or original(*a))
+    go(model, [task], [[var]], tmp_path / "part", console)
+    left = 24 - lines
+    assert left <= sum(asked) <= left + 4  # whole batches of five or two
+    for name in ("results.json", "table.md", "table.tex", "config.json"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines_of = [sorted((tmp_path / run / ANSWERS).read_text().splitlines()) for run in ("whole", "part")]
+    assert lines_of[0] == lines_of[1]
+    go(model, [task], [[var]], tmp_path / "part", console)  # a finished run asks nothing
+    assert sum(asked) <= left + 4
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from rich.console import Console
+import io, dataclasses
+from sightline.evaluate import comparing, world
+from sightline.evaluate.runner import Decoding
+from sightline.hosts import find
+from sightline.lvlm import LVLM
+from tests.tiny_hosts import TINY
+host = TINY["llava"]()
+lvlm = LVLM(host.model, host.processor, find(host.model), "llava")
+task = dataclasses.replace(world.build("relation", n=12, size=56)[0], max_new_tokens=2)
+comparing.compare(lvlm, [task], [], sys.argv[1], decoding=Decoding(batch_size=1), cost=False, console=Console(file=io.StringIO()))
+"""
+
+
+def test_kill_minus_nine(lvlm, relation, console, tmp_path):
+    """A real process, killed as soon as it has written something; then resumed here."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    other = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")], env=environment)
+    path, end = tmp_path / "run" / ANSWERS, time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < end and other.poll() is None:
+        time.sleep(0.005)
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    task = short(relation)
+    for out in ("run", "whole"):
+        go(lvlm(), [task], [], tmp_path / out, console, decoding=Decoding(batch_size=1))
+    assert (tmp_path / "run" / ANSWERS).read_bytes() == (tmp_path / "whole" / ANSWERS).read_bytes()
+    assert (tmp_path / "run" / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
+
+
+def test_sampling_is_repeatable(lvlm, relation):
+    model, task = lvlm(), short(relation)
+    hot = Decoding(temperature=5.0, batch_size=4, seed=1)
+    first, again = (generate(model, task, task.items[:4], hot)[1] for _ in range(2))
+    other = generate(model, task, task.items[:4], dataclasses.replace(hot, seed=2))[1]
+    assert first == again != other
+
+
+def test_pointing_records_rows_of_a_padded_batch(lvlm, console, tmp_path, var):
+    """What is recorded in a batch is what a single question shows; the systems change it."""
+    task = world.build("pointing", n=5, size=SIZE)[0]
+    found = {}
+    for size in (1, 5):
+        folder = RunFolder(tmp_path / str(size), {"size": size})
+        with folder:
+            run(lvlm(), [task], with_baseline([[var]]), Decoding(batch_size=size), folder, console)
+        found[size] = folder.answers
+    for key, row in found[1].items():
+        assert row["share"] == pytest.approx(found[5][key]["share"], rel=0.02)
+        assert 0 < row["area"] < 1
+    shares = [[found[1][task.name, label, i.id]["share"] for i in task.items] for label in with_baseline([[var]])]
+    assert shares[0] != shares[1]
+
+
+def fake(correct):
+    from sightline.evaluate import pope
+
+    return pope.score(["Yes" if right else "No" for right in correct], ["yes"] * len(correct))
+
+
+def rows_of(*systems: list[bool]) -> list[results.Row]:
+    task = world.build("pope:random", n=6, size=SIZE)[0]
+    found: dict[str, tuple[Scored, float]] = {
+        name: (fake(c), 1.0) for name, c in zip(("none", "a", "b"), systems, strict=False)
+    }
+    return results._rows(task, found, draws=200)
+
+
+def test_noise_is_called_noise():
+    """a: four questions newly right and one wrong, p = 0.375; b: twelve newly right, p = 0.0005, twice that by Holm."""
+    base = [True] * 20 + [False] * 20
+    a = [False] + [True] * 19 + [True] * 4 + [False] * 16
+    b = [True] * 32 + [False] * 8
+    none, first, second = rows_of(base, a, b)
+    assert none.against is None
+    assert first.against["verdict"] == "noise"
+    assert (first.against["newly_wrong"], first.against["newly_right"]) == (1, 4)
+    assert first.against["p"] == pytest.approx(0.375)
+    assert second.against["verdict"] == "better"
+    assert second.against["p_holm"] == pytest.approx(2 * 2 / 2**12)
+    assert "noise (p = 0.38)" in tables.change(first)
+    assert "better (p < 0.001)" in tables.change(second)
+    worse, same = rows_of(b, base, b)[1:]
+    assert worse.against["verdict"] == "worse"
+    assert tables.change(same) == "same"
+
+
+def test_results_and_tables(lvlm, relation, console, tmp_path, var):
+    found = go(lvlm(), [short(relation)], [[var]], tmp_path, console, cost=True, rounds=1)
+    content = json.loads((tmp_path / "results.json").read_text())
+    label = found.rows[1].label
+    entry = content["results"][f"scenes_relation@{label}"]
+    assert 0 <= entry["accuracy_low,none"] <= entry["accuracy,none"] <= entry["accuracy_high,none"] <= 1
+    assert entry["against_baseline"]["verdict"] in ("same", "noise", "better", "worse")
+    assert content["config"]["tasks"][0]["questions"] == 12
+    assert content["config"]["systems"][label][0]["p"] == 0.1
+    cost = content["cost"]
+    assert cost[label]["prefill_gflops"] > cost["none"]["prefill_gflops"] > 0
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("\n| scenes_relation |") == 2
+    assert "baseline" in text
+    assert "no suffix, at most 2 tokens" in text
+    assert "greedy, batch 5, seed 0" in text
+    tex = (tmp_path / "table.tex").read_text()
+    assert tex.count(r"\\") == 3
+    assert r"scenes\_relation & none & 12" in tex
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
+    again = go(lvlm(), [short(relation)], [[var]], tmp_path, console, cost=True, rounds=1)
+    assert again.cost == found.cost  # measured once
+    assert found.row("scenes_relation", "none").questions == 12
+    with pytest.raises(InputError, match="no row"):
+        found.row("scenes_relation", "vra")
+
+
+def test_tuning_reports_on_other_pictures(lvlm, console, tmp_path, var):
+    splits = [[short(t) for t in world.build("relation", n=6, size=SIZE, split=s)] for s in ("val", "test")]
+    tuned = comparing.tune(lvlm(), *splits, [[var]], [dataclasses.replace(var, p=0.9)], tmp_path, console=console)
+    assert tuned.best in {row.label for row in tuned.search.rows}
+    assert {row.label for row in tuned.held_out.rows} >= {"none", tuned.best}
+    assert json.loads((tmp_path / "tuned.json").read_text()) == {"best": tuned.best}
+    with pytest.raises(InputError, match="are in both splits"):
+        comparing.tune(lvlm(), splits[0], splits[0], [[var]], [var], tmp_path / "b", console=console)
+
+
+def test_the_best_is_the_best():
+    rows = rows_of([True, False, False], [True, True, False], [True, True, False])
+    assert comparing.best_label(rows) == "a"
+    assert comparing.best_label(rows_of([True] * 3, [True] * 3)) == "none"
+    lower = [dataclasses.replace(row, scored=dataclasses.replace(row.scored, higher_is_better=False)) for row in rows]
+    assert comparing.best_label(lower) == "none"
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("var", ["var"]),
+        ("var:p=0.2..1.0/5", [f"var:p={v}" for v in ("0.2", "0.4", "0.6", "0.8", "1")]),
+        ("a:k=16..64/4+b", ["a:k=16+b", "a:k=32+b", "a:k=48+b", "a:k=64+b"]),
+        ("var:p=0..1/2,summ=0.1..0.3/2", ["var:p=0,summ=0.1", "var:p=0,summ=0.3", "var:p=1,summ=0.1", "var:p=1,summ=0.3"]),
+        ("var:p=0.0..1.0", [f"var:p={v}" for v in ("0", "0.25", "0.5", "0.75", "1")]),
+        ("x:t=-1..1/3,u=a/b", ["x:t=-1,u=a/b", "x:t=0,u=a/b", "x:t=1,u=a/b"]),
+    ],
+)  # fmt: skip
+def test_sweeps(spec, expected):
+    assert expand(spec) == expected
+
+
+def test_sweep_refusals():
+    for spec, named in {
+        "var:p=0.2..x/5": "cannot read the range",
+        "var:p=1..0/3": "LOW must be below HIGH",
+        "var:p=0..1/1": "STEPS in",
+        "var:p=0..1/1.5": "cannot read 0..1/1.5",
+        "var:p=0..1/100,summ=0..1/100": "10000 combinations",
+    }.items():
+        with pytest.raises(ParameterError, match=named):
+            expand(spec)
+    assert [s.p for (s,) in parse_all(["var:p=0.2..0.4/2", "var"])] == [0.2, 0.4, 0.6]
+    with pytest.raises(UnknownNameError):
+        parse_all(["vra"])
+
+
+def test_default_grid():
+    from sightline.catalog import entry
+
+    assert expand(default_grid(entry("var"))) == [f"var:p={v}" for v in ("0", "0.25", "0.5", "0.75", "1")]
+
+
+def test_refusals(lvlm, relation, console, tmp_path, var):
+    with pytest.raises(AttachError, match="cannot run together"):
+        go(lvlm(), [relation], [[var, var]], tmp_path / "a", console)
+    with pytest.raises(InputError, match="asked for twice"):
+        go(lvlm(), [relation, relation], [], tmp_path / "a", console)
+    with pytest.raises(ParameterError, match="batch_size=0"):
+        Decoding(batch_size=0)
+    with pytest.raises(ParameterError, match="temperature=-1"):
+        Decoding(temperature=-1)
+    assert not (tmp_path / "a").exists()

@@ -132,7 +132,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
             folder.add([row(0)])
             size = (tmp_path / ANSWERS).stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
-            with pytest.raises(InputError, match="the disk is full.*1 answers are safe"):
+            with pytest.raises(InputError, match=r"the disk is full.*1 answers are safe"):
                 folder.add([row(1), row(2)])
             assert (tmp_path / ANSWERS).stat().st_size == size
             with pytest.raises(InputError, match="cannot write"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sightline.errors import HostError
 from sightline.hosts.canvas import Canvas
+from sightline.hosts.idefics3 import _longest
 from sightline.hosts.plain import preprocessed, resized
 from sightline.hosts.timm_vit import _after
 
@@ -85,6 +86,15 @@ def test_evaluation_transforms_of_timm(
     for step in steps:
         canvas, image = _after(canvas, step), step(image)
     agree(canvas, np.asarray(image).transpose(1, 2, 0).astype(float), size)
+
+
+@given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)), longest=st.integers(20, 6000))
+def test_longest_edge_of_idefics(size: tuple[int, int], longest: int) -> None:
+    import torch
+    from transformers.models.idefics3.image_processing_idefics3 import get_resize_output_image_size
+
+    height, width = get_resize_output_image_size(torch.empty(3, size[1], size[0]), longest)
+    assert _longest(size, {"longest_edge": longest}) == (width, height)
 
 
 def test_unknown_steps_and_sizes_are_refused() -> None:

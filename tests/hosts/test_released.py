@@ -181,9 +181,9 @@ def test_gemma3() -> None:
     assert len(layout) == 256
     assert layout.patch_grids == ((64, 64),)
     assert layout.patches[0] == tuple(64 * i + j for i in range(4) for j in range(4))
-    scanned = placed("gemma3", 1000, 700, do_pan_and_scan=True)
-    assert len(scanned) == 3 * 256
-    assert scanned.boxes[512] == pytest.approx([500, 0, 500 + 500 / 16, 700 / 16], abs=1e-3)
+    scanned = placed("gemma3", 1001, 700, do_pan_and_scan=True)
+    assert len(scanned) == 3 * 256  # crops of 501 and 500 pixels
+    assert scanned.boxes[512] == pytest.approx([501, 0, 501 + 500 / 16, 700 / 16], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "internvl", "gemma3"])

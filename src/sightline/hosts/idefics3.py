@@ -55,12 +55,20 @@ def _longest(size: tuple[int, int], wanted: Any) -> tuple[int, int]:
     longest = edge(wanted, "longest_edge")
     if longest is None:
         return edge(wanted, "width"), edge(wanted, "height")
-    wide, ratio = size[0] >= size[1], size[0] / size[1]
-    short = max(_even(int(longest / ratio if wide else longest * ratio)), 1)
-    if longest > LONGEST:
-        ratio = longest / short if wide else short / longest
-        longest, short = LONGEST, max(int(LONGEST / ratio if wide else LONGEST * ratio), 1)
-    return (longest, short) if wide else (short, longest)
+    width, height = _scaled(*size, longest)
+    width, height = (width, _even(height)) if size[0] >= size[1] else (_even(width), height)
+    width, height = max(width, 1), max(height, 1)
+    if max(width, height) > LONGEST:
+        width, height = _scaled(width, height, LONGEST)
+    return max(width, 1), max(height, 1)
+
+
+def _scaled(width: int, height: int, longest: int) -> tuple[int, int]:
+    """(width, height) with the longer edge brought to `longest`, the shorter rounded down."""
+    ratio = width / height
+    if width >= height:
+        return longest, int(longest / ratio)
+    return int(longest * ratio), longest
 
 
 def _even(length: int) -> int:

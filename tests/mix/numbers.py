@@ -32,7 +32,7 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def error(found: Tensor, wanted: Tensor) -> float:
     """Largest absolute difference; shapes must be equal."""
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    return (found.double() - wanted.double()).abs().max().item()
+    return (found.double() - wanted.double()).abs().max().item() if found.numel() else 0.0
 
 
 def ratio(found: Tensor, wanted: Tensor) -> float:

@@ -40,7 +40,7 @@ class Mixer(nn.Module):
     dim: int = param(MISSING, "channels C", low=1)
     heads: int = param(MISSING, "attention heads", low=1)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Mixer:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Mixer:
         instance = super().__new__(cls)
         nn.Module.__init__(instance)  # before the dataclass sets its fields
         return instance

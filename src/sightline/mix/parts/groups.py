@@ -125,10 +125,13 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     """`sdpa` with the log-sum-exp (..., S) of the scores, fp32 (fp64 for fp64)."""
     scores = (q @ k.transpose(-1, -2)) * scale
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    if mask is None:
+        total = scores.logsumexp(-1)
+        return (scores - total[..., None]).exp().to(v.dtype) @ v, total
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite, so that gradients are
     total = scores.logsumexp(-1)
-    safe = torch.where(torch.isinf(total), torch.zeros_like(total), total)  # a query without keys: zeros, not NaN
-    return (scores - safe[..., None]).exp().to(v.dtype) @ v, total
+    weights = (scores - total[..., None]).exp().masked_fill(~mask, 0.0)  # a query without keys: zeros, not NaN
+    return weights.to(v.dtype) @ v, total.masked_fill(~mask.any(-1), -torch.inf)
 
 
 def _scatter(y: Tensor, axes: Sequence[Axis]) -> Tensor:

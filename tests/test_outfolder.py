@@ -19,6 +19,12 @@ def write(out: Path, force: bool = False, **files: str) -> None:
             (folder / name).write_text(text)
 
 
+def fail(out: Path, error: type[BaseException]) -> None:
+    with fresh_folder(out) as folder:
+        (folder / "page").write_text("2")
+        raise error
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir() if path.name != MARK}
 
@@ -36,17 +42,15 @@ def test_it_appears_when_complete(tmp_path, name):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_of_a_failure(tmp_path, error):
-    with pytest.raises(error), fresh_folder(tmp_path / "a" / "b" / "out") as folder:
-        (folder / "page").write_text("1")
-        raise error
+    with pytest.raises(error):
+        fail(tmp_path / "a" / "b" / "out", error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_keeps_the_folder_of_before(tmp_path):
     write(tmp_path / "out", page="1")
-    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "out") as folder:
-        (folder / "page").write_text("2")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "out", RuntimeError)
     assert contents(tmp_path / "out") == {"page": "1"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -93,7 +97,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="it is a file; choose another --out"):
         write(tmp_path / "file", page="1")
     for out in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "out"):
-        with pytest.raises(InputError, match="cannot write to .*; choose another --out"):
+        with pytest.raises(InputError, match=r"cannot write to .*; choose another --out"):
             write(out, page="1")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="it is a file"):

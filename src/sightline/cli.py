@@ -25,6 +25,11 @@ LAZY = {
     "scenes": ("sightline.scenes.commands", "Draw the generated world; export COCO, LLaVA and POPE files."),
     "train": ("sightline.learn.commands", "Train the bundled tiny LLaVA, or tune a LLaVA on your own dialogues."),
 }
+# Commands that live in such a module: name -> (module, what --help says).
+LAZY_COMMANDS = {
+    "compare": ("sightline.evaluate.commands", "Quality and cost of systems side by side, in one table."),
+    "tune": ("sightline.evaluate.commands", "Find a system's parameters on one split, report on another."),
+}
 
 
 class Interrupted(Exception):
@@ -32,13 +37,15 @@ class Interrupted(Exception):
 
 
 class LazyGroup(TyperGroup):
-    """Shows the commands of LAZY in its help, and imports one only when it is chosen."""
+    """Shows the commands of LAZY and LAZY_COMMANDS in its help, and imports one only when it is chosen."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         if name in LAZY:
             command = typer.main.get_group(import_module(LAZY[name][0]).app)
             command.name = name
+        elif name in LAZY_COMMANDS:
+            command = typer.main.get_group(import_module(LAZY_COMMANDS[name][0]).app).commands[name]
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -191,6 +198,8 @@ def doctor(json: Json = False) -> None:
 
 for _name, (_module, _help) in LAZY.items():
     app.add_typer(typer.Typer(), name=_name, help=_help)
+for _name, (_module, _help) in LAZY_COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)  # only its line in --help; LazyGroup puts the real one in its place
 
 
 def main(argv: list[str] | None = None) -> int:

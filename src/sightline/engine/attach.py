@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sightline.engine.compiled import run_uncompiled
 from sightline.engine.seats import Seat, switch_attention
 from sightline.engine.sequences import Sequences
 from sightline.engine.system import Shape, Site, System
@@ -115,6 +116,8 @@ class Attachment:
         used = {station for w in self.workers for station in w.stations}
         if "vision_attention" in used:
             self._take_seats("vision", self.tower_attention())
+        if used:
+            run_uncompiled(self._undo)
         text = used - {"vision_attention", "pixels"}
         if (
             used and not text

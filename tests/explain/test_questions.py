@@ -80,4 +80,5 @@ def test_bootstrap_weights_and_gaps():
     found = bootstrap([1.0, 4.0, np.nan, 7.0], [0, 1, 2, 3], [3.0, 1.0, 5.0, 0.0])
     assert found.value == pytest.approx(7 / 4)
     assert found.n == 2
+    assert np.isnan([found.low, found.high]).all()  # two pictures have no spread to speak of
     assert bootstrap([np.nan], [0]).as_dict() == {"value": None, "low": None, "high": None, "n": 0}

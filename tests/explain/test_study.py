@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sightline import loading
 from sightline.errors import InputError, ParameterError
-from sightline.explain import figures, study
+from sightline.explain import figures, results, study
 from sightline.explain.commands import app
 from sightline.explain.page import sentences
 from tests.explain.tiny import DIMS, SINKS, TAU, lvlm
@@ -100,8 +100,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(done, tmp_path, mon
     monkeypatch.setattr(study, "ask", dying)
     with pytest.raises(KeyboardInterrupt):
         study.study_var(lvlm(), tmp_path / "out", **OPTIONS)
-    kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    path = tmp_path / "out" / "answers.jsonl"
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:-2])  # the last block is there in part
     assert kept
+    path.write_bytes(kept)
     with open(tmp_path / "out" / "answers.jsonl", "ab") as file:
         file.write(b'{"task": "ask", "wi')
     study.study_var(lvlm(), tmp_path / "out", **OPTIONS)
@@ -133,7 +135,7 @@ def test_a_folder_of_another_study_is_refused(done, tmp_path):
 
 
 def test_rows_are_json_without_nan_at_five_digits():
-    row = study.plain({"x": np.array([1.23456789, np.nan]), "y": (math.inf, True, 3, "a", None)})
+    row = results.plain({"x": np.array([1.23456789, np.nan]), "y": (math.inf, True, 3, "a", None)})
     assert row == {"x": [1.2346, None], "y": [None, True, 3, "a", None]}
 
 

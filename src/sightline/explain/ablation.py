@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 
-from sightline.engine.tokens import Role
 from sightline.explain.scoring import Reply, ask
 from sightline.steer.var import VAR, edited_rows
 
@@ -54,7 +53,7 @@ class Redirect(VAR):
         """(B, N, 4): VAR's three groups, and all text that is no sink, generated tokens too."""
         known = site.state[site.layer, "groups"]
         known = F.pad(known, (0, 0, 0, site.tokens.shape[1] - known.shape[1]))
-        rest = ~site.tokens.where(Role.PAD) & (known.sum(-1) == 0)
+        rest = known.sum(-1) == 0  # padding too: nobody attends it
         return torch.cat([known, rest[..., None].to(known.dtype)], -1)
 
 

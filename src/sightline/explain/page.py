@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,15 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     for name, scores in found["conditions"].items():
         if name.startswith("mask random "):
             continue
-        cells = [_with_range(scores[g]["accuracy"], 100) for g in groups]
-        yes = _with_range(scores["pope"]["yes"], 100) if "pope" in scores else "–"
+        cells = [_cell(scores[g]["accuracy"], 100) for g in groups]
+        yes = _cell(scores["pope"]["yes"], 100) if "pope" in scores else "–"
         changed = scores["all"]["answers changed"]["value"]
         rows.append(
             [
                 LABELS.get(name, f"VAR, {name}"),
                 *cells,
                 yes,
-                _with_range(scores["all"]["logprob"], 1, 3),
+                _cell(scores["all"]["logprob"], 1, 3),
                 f"{100 * changed:.1f}",
             ]
         )
@@ -83,14 +84,10 @@ def _sinks(found: dict[str, Any]) -> str:
     tau, top = config["found_tau"], max(numbers["phi max"])
     limit = f"Of {n} pictures, the largest φ of a visual token is {top:.2f} in the mean (τ = {tau:.3g}; at most {config['width'] ** 0.5:.1f} is possible)."
     if not config["found_dims"]:
+        over = f"; tokens exceed τ there in layers {_ranges(numbers['layers'])}" if numbers["layers"] else ""
         return (
             "The model shows no sinks: its start token has no huge value in any fixed dimension, so there are no sink "
-            f"dimensions, and VAR changes nothing. {limit} Here φ is over all dimensions"
-            + (
-                f"; tokens over τ there (layers {_ranges(numbers['layers'])}) are not in dimensions of the start token."
-                if numbers["layers"]
-                else "."
-            )
+            f"dimensions, and VAR changes nothing. {limit} Here φ is over all dimensions{over}."
         )
     dims = ", ".join(map(str, config["found_dims"]))
     if not numbers["layers"]:
@@ -116,7 +113,7 @@ def _masking(found: dict[str, Any]) -> str:
     draws = found["config"]["draws"]
     text = (
         f"With the sinks hidden, accuracy changed by {_points(sinks['accuracy change'])} and log p(truth) by "
-        f"{_nats(sinks['logprob change'])}; with as many random other tokens hidden (mean of {draws} draws), by "
+        f"{_nats(sinks['logprob change'])}; with as many random other tokens hidden (mean of {_count(draws, 'draw')}), by "
         f"{_points(other['accuracy change'])} and {_nats(other['logprob change'])} (n = {sinks['accuracy change']['n']})."
     )
     a, b = _sign(sinks["logprob change"]), _sign(other["logprob change"])
@@ -143,15 +140,14 @@ def _contribution(found: dict[str, Any]) -> str:
     numbers = found["contribution"]
     if not numbers or numbers["norm ratio"]["value"] is None:
         return "Not measured: there are no visual sinks."
-    norm, attention = numbers["norm ratio"], numbers["attention ratio"]
-    verdict = (
-        "They get more attention than they contribute, as the paper says."
-        if norm["value"] < attention["value"] and attention["value"] > 1
-        else "This is not the paper's picture of much attention and little contribution."
-    )
+    norm, attention, each = (numbers[f"{name} ratio"] for name in ("norm", "attention", "norm per attention"))
+    verdict = {
+        (1, -1): "They get more attention than they contribute, as the paper says.",
+        (1, 1): "They get more attention, and contribute even more: unlike in the paper.",
+    }.get((_sign(attention, 1), _sign(each, 1)), "The paper's much attention with little contribution does not show.")
     return (
         f"In layers that have both, a sink gets {_times(attention)} the attention of another visual token and adds "
-        f"{_times(norm)} the norm to the text ({norm['n']} pictures with sinks; geometric means). {verdict}"
+        f"{_times(norm)} the norm to the text (geometric means over {_count(norm['n'], 'picture')} with sinks). {verdict}"
     )
 
 
@@ -160,10 +156,11 @@ def _maps(found: dict[str, Any]) -> str:
     base, share = numbers["base rate"], numbers["sinks on background"]
     if share["value"] is None or not found["config"]["found_dims"]:
         return f"No visual sinks. Of all visual tokens {_percent(base)} show background (less than 5 % object)."
-    side = {1: "more often than", 0: "about as often as", -1: "less often than"}[_sign(numbers["excess on background"])]
+    side = {1: "more than by chance", 0: "no clear difference from chance", -1: "less than by chance"}
     return (
-        f"{_percent(share)} of the sinks show background, against {_percent(base)} of all visual tokens: {side} by chance "
-        f"({numbers['sinks counted']} sinks over all layers of {base['n']} pictures). Without the sinks, "
+        f"{_percent(share)} of the sinks show background, against {_percent(base)} of all visual tokens: "
+        f"{side[_sign(numbers['excess on background'])]} "
+        f"({_count(numbers['sinks counted'], 'sink')} over all layers of {_count(base['n'], 'picture')}). Without the sinks, "
         f"{_percent(numbers['attention on objects without sinks'])} of the attention on the picture lies on objects, with "
         f"them {_percent(numbers['attention on objects'])}: a change of {_points(numbers['gain'])}."
     )
@@ -201,29 +198,41 @@ def _heads(found: dict[str, Any]) -> str:
     )
 
 
-def _sign(one: dict[str, Any]) -> int:
-    """-1, 0 or 1: on which side of zero the whole interval lies."""
-    return 1 if one["low"] > 0 else -1 if one["high"] < 0 else 0
+def _sign(one: dict[str, Any], middle: float = 0) -> int:
+    """-1, 0 or 1: on which side of the middle the whole interval lies; 0 when there is no interval."""
+    if one["low"] is None:
+        return 0
+    return 1 if one["low"] > middle else -1 if one["high"] < middle else 0
 
 
 def _points(one: dict[str, Any]) -> str:
-    return f"{100 * one['value']:+.1f} points (95 %: {100 * one['low']:+.1f} to {100 * one['high']:+.1f})"
+    return _said(one, lambda v: f"{100 * v:+.1f}", " points")
 
 
 def _nats(one: dict[str, Any]) -> str:
-    return f"{one['value']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+    return _said(one, lambda v: f"{v:+.3f}")
 
 
 def _percent(one: dict[str, Any]) -> str:
-    return f"{100 * one['value']:.1f} % (95 %: {100 * one['low']:.1f} to {100 * one['high']:.1f})"
+    return _said(one, lambda v: f"{100 * v:.1f}", " %")
 
 
 def _times(one: dict[str, Any]) -> str:
-    return f"{one['value']:.2f} times (95 %: {one['low']:.2f} to {one['high']:.2f})"
+    return _said(one, lambda v: f"{v:.2f}", " times")
 
 
-def _with_range(one: dict[str, Any], scale: float, digits: int = 1) -> str:
-    return f"{scale * one['value']:.{digits}f} [{scale * one['low']:.{digits}f}, {scale * one['high']:.{digits}f}]"
+def _said(one: dict[str, Any], number: Callable[[float], str], unit: str = "") -> str:
+    """The value, with its range where there is one."""
+    value = f"{number(one['value'])}{unit}"
+    return value if one["low"] is None else f"{value} [{number(one['low'])}, {number(one['high'])}]"
+
+
+def _cell(one: dict[str, Any], scale: float, digits: int = 1) -> str:
+    return _said(one, lambda v: f"{scale * v:.{digits}f}")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _ranges(numbers: list[int]) -> str:

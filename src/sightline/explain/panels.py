@@ -73,7 +73,7 @@ def marks(
     if not good:
         return
     places = [p for p, _ in good]
-    values, low, high = (factor * np.array([o[key] for _, o in good]) for key in ("value", "low", "high"))
+    values, low, high = (factor * array([o[key] for _, o in good]) for key in ("value", "low", "high"))
     spread = np.clip([values - low, high - values], 0, None)
     style = {
         "fmt": "o-" if line else "o",

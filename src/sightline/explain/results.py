@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -157,13 +158,11 @@ def _contribution(weigh: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = ("sink norm", "other norm", "sink attention", "other attention")
     tables = {name: _table(weigh, name) for name in names}
     found: dict[str, Any] = {name: _layer_means(table) for name, table in tables.items()}
-    for what in ("norm", "attention"):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.log(tables[f"sink {what}"] / tables[f"other {what}"])
-        middle = bootstrap(_row_means(ratio), range(len(weigh)))
-        found[f"{what} ratio"] = {
-            k: v if k == "n" or v is None else float(np.exp(v)) for k, v in middle.as_dict().items()
-        }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norm, attention = (np.log(tables[f"sink {what}"] / tables[f"other {what}"]) for what in ("norm", "attention"))
+    for name, ratio in (("norm", norm), ("attention", attention), ("norm per attention", norm - attention)):
+        middle = bootstrap(_row_means(ratio), range(len(weigh))).as_dict()
+        found[f"{name} ratio"] = {k: v if k == "n" or v is None else math.exp(v) for k, v in middle.items()}
     return found
 
 
@@ -181,3 +180,16 @@ def _row_means(table: np.ndarray) -> np.ndarray:
 
 def _layer_means(table: np.ndarray) -> list[float | None]:
     return [None if np.isnan(v) else float(v) for v in _row_means(table.T)]
+
+
+def plain(value: Any) -> Any:
+    """JSON-able: arrays as lists, floats at five significant digits, NaN and infinity as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

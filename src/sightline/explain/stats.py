@@ -11,11 +11,12 @@ import numpy as np
 from sightline.evaluate.stats import wilson
 
 DRAWS = 2000  # bootstrap samples
+FEWEST = 8  # pictures: a bootstrap of fewer says nothing about its spread
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval and the number of questions (or pictures) behind it. NaN where n is 0."""
+    """A value with its 95 % interval and the number of questions (or pictures) behind it; NaN where there is none."""
 
     value: float
     low: float
@@ -35,6 +36,8 @@ def proportion(hits: int, n: int) -> Estimate:
 def bootstrap(values: Sequence[float], clusters: Sequence[int], weights: Sequence[float] | None = None) -> Estimate:
     """Mean with a percentile bootstrap interval that draws whole clusters (pictures), seeded: the same every time.
 
+    There is no interval for fewer than FEWEST clusters.
+
     Args:
         values: (n,) what is averaged; NaN entries are left out.
         clusters: (n,) which picture each belongs to.
@@ -48,7 +51,9 @@ def bootstrap(values: Sequence[float], clusters: Sequence[int], weights: Sequenc
         return Estimate(math.nan, math.nan, math.nan, 0)
     _, place = np.unique(clusters, return_inverse=True)
     top, bottom = np.bincount(place, values * weights), np.bincount(place, weights)  # per cluster
+    value = float(top.sum() / bottom.sum())
+    if len(top) < FEWEST:
+        return Estimate(value, math.nan, math.nan, len(values))
     picked = np.random.default_rng(0).integers(len(top), size=(DRAWS, len(top)))
-    means = top[picked].sum(1) / bottom[picked].sum(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(values))
+    low, high = np.percentile(top[picked].sum(1) / bottom[picked].sum(1), (2.5, 97.5))
+    return Estimate(value, float(low), float(high), len(values))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from sightline.explain.maps import maps_of
 from sightline.explain.masking import MaskTokens, random_mask
 from sightline.explain.observing import observe
 from sightline.explain.questions import Item, held_out, is_right, picture_size
+from sightline.explain.results import plain, summarise
 from sightline.explain.scoring import ask
 from sightline.explain.sinks import map_of
 from sightline.explain.weighing import contribution
@@ -233,10 +233,10 @@ def _work(folder: RunFolder, units: Sequence[Unit], note: str, progress: bool) -
 
 
 def _finish(folder: RunFolder, config: dict[str, Any], items: Sequence[Item]) -> dict[str, Any]:
-    from sightline.explain import figures, page, results
+    from sightline.explain import figures, page
 
     rows = list(folder.answers.values())
-    found = results.summarise(config, items, rows)
+    found = summarise(config, items, rows)
     folder.write("results.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
     pictures = figures.draw_all(found, items, rows)
     for name, png in pictures.items():
@@ -245,16 +245,3 @@ def _finish(folder: RunFolder, config: dict[str, Any], items: Sequence[Item]) ->
         os.replace(part, folder.path / f"{name}.png")
     folder.write("index.html", page.render(found, pictures))
     return found
-
-
-def plain(value: Any) -> Any:
-    """JSON-able: arrays as lists, floats at five significant digits, NaN and infinity as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value

@@ -34,10 +34,12 @@ def test_golden_blocks(path) -> None:
     davit = pytest.importorskip("timm.models.davit")
     case, weights = load(path)
     spatial = "spatial" in path.stem
-    block = davit.SpatialBlock(12, 3, window_size=4) if spatial else davit.ChannelBlock(12, 3)
+    bias = "attn.qkv.bias" in weights
+    kind, options = (davit.SpatialBlock, {"window_size": 4}) if spatial else (davit.ChannelBlock, {})
+    block = kind(12, 3, qkv_bias=bias, **options)
     block.load_state_dict(weights)
     own = {k.removeprefix("attn."): v for k, v in weights.items() if k.startswith("attn.")}
-    ours = WindowAttention(12, 3, window=4) if spatial else ChannelAttention(12, 3)
+    ours = WindowAttention(12, 3, window=4, qkv_bias=bias) if spatial else ChannelAttention(12, 3, qkv_bias=bias)
     ours.load_state_dict(own)
     x = block.eval().cpe1(case["x"]).flatten(2).mT  # (B, N, C)
     mixed = ours(block.norm1(x).unflatten(1, case["x"].shape[2:])).flatten(1, 2)

@@ -94,8 +94,8 @@ def grid_mask(rules: Sequence[Window], grid: Sequence[int]) -> Tensor:
 
 
 def tile_of(rule: Window) -> int:
-    """Queries per tile: whole stride groups, about half a window, so that a tile's keys are twice its window at most."""
-    return max(1, (rule.size // 2 + 1) // rule.stride) * rule.stride
+    """Queries per tile: whole stride groups, about half a window (a whole one up to 8, where copies cost more than work)."""
+    return max(1, max(rule.size // 2 + 1, min(rule.size, 8)) // rule.stride) * rule.stride
 
 
 def window_axis(rule: Window, length: int, tile: int, device: torch.device | None = None) -> Axis:

@@ -21,9 +21,9 @@ import torch
 import transformers as tf
 
 import sightline as sl
-from benchmarks.memory import peak_bytes
 from benchmarks.reference import naive_var
 from sightline.engine.attention import Call, Edit, attend
+from sightline.evaluate.peak import live_bytes
 from sightline.steer.var import VAR, factors, group_members
 
 IMAGE, GRID, TEXT, NEW = 32000, 24, 64, 32
@@ -134,7 +134,7 @@ def peak_memory(device: str, tokens: int = 4096, heads: int = 16, dim: int = 64)
         return out.transpose(1, 2).contiguous(), None
 
     with torch.no_grad():
-        extra = peak_bytes(lambda: attend(call, plain, [edit], [])) - peak_bytes(plain)
+        extra = live_bytes(lambda: attend(call, plain, [edit], [])) - live_bytes(plain)
     full = heads * tokens * tokens * 4
     return {"extra_mb": extra / 2**20, "full_matrix_mb": full / 2**20, "share": extra / full}
 

@@ -44,6 +44,13 @@ def id_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def live_bytes(work: Callable[[], Any]) -> int:
+    """Most bytes that tensors made inside `work` held at one time, counted: the same on every machine."""
+    with _Live() as live:
+        work()
+    return live.peak
+
+
 def peak_bytes(model: torch.nn.Module, work: Callable[[], Any]) -> int:
     """Most bytes in use while `work` runs, the model's weights included."""
     device = next(model.parameters()).device
@@ -54,6 +61,4 @@ def peak_bytes(model: torch.nn.Module, work: Callable[[], Any]) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with _Live() as live:
-        work()
-    return weights + live.peak
+    return weights + live_bytes(work)

@@ -41,7 +41,7 @@ def card(entry: Entry) -> dict[str, Any]:
         "code": entry.paper.code,
         "licence": entry.paper.licence,
         "needs": list(entry.needs),
-        "parameters": [_parameter(field) for field in entry.parameters],
+        "parameters": _parameters(entry),
         "published": [{"what": what, "figure": figure, "status": "as reported"} for what, figure in entry.published],
         "command": _command(entry),
         "python": _python(entry),
@@ -102,6 +102,10 @@ def _rows(console: Console, title: str, columns: tuple[str, ...], rows: list[tup
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
+def _parameters(entry: Entry) -> list[dict[str, Any]]:
+    return [_parameter(field) for field in entry.parameters if field.init]
+
+
 def _parameter(field: dataclasses.Field) -> dict[str, Any]:
     has_factory = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if has_factory else field.default
@@ -142,12 +146,12 @@ def _command(entry: Entry) -> str:
     """How to use a system on the command line; empty for one that is not attached to a model."""
     if not _acts_on_models(entry):
         return ""
-    settings = [f"{p['name']}={p['default']}" for p in map(_parameter, entry.parameters) if _is_number(p["default"])]
+    settings = [f"{p['name']}={p['default']}" for p in _parameters(entry) if _is_number(p["default"])]
     return f'sightline look photo.jpg "Is there a dog?" --with {":".join([entry.slug, *settings[:1]])}'
 
 
 def _python(entry: Entry) -> str:
-    required = ", ".join(f"{p['name']}=..." for p in map(_parameter, entry.parameters) if p["required"])
+    required = ", ".join(f"{p['name']}=..." for p in _parameters(entry) if p["required"])
     made = f"sl.{entry.kind}.{entry.cls.__name__}({required})"
     if not _acts_on_models(entry):
         return f"import sightline as sl\ny = {made}(x)"
@@ -155,5 +159,6 @@ def _python(entry: Entry) -> str:
 
 
 def _names(authors: str) -> str:
-    """ "Last, First and Last, First" as "First Last, First Last"."""
-    return ", ".join(" ".join(reversed(name.split(", "))) for name in authors.split(" and "))
+    """Authors in BibTeX form ("Last, First and others") as a sentence has them ("First Last, et al.")."""
+    names = [" ".join(reversed(name.split(", "))) for name in authors.split(" and ")]
+    return ", ".join("et al." if name == "others" else name for name in names)

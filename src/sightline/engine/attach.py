@@ -24,9 +24,12 @@ from sightline.errors import AttachError, HostError, ParameterError
 from sightline.hosts import Host, ViTHost, check, find, get
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 MARK = "_sightline_attachment"
+VISION = {"pixels", "vision_attention"}  # stations that plain vision transformers have, too
 
 
 def attach(model: nn.Module, *systems: System, host: Host | ViTHost | None = None) -> Attachment:
@@ -80,6 +83,9 @@ class Attachment:
         self.systems = systems
         self.host = host or find(model)
         check(model, self.host)
+        for system in systems if not isinstance(self.host, Host) else ():
+            own = set(System.stations(system))  # a class without a station in the tower has nothing to do here
+            _require_vision(model, own if own.isdisjoint(VISION) else ())
         self.shape = shape_of(model, self.host)
         self.workers = [_worker(s, self.shape) for s in systems]
         self.sequences = Sequences(
@@ -118,17 +124,15 @@ class Attachment:
             self._take_seats("vision", self.tower_attention())
         if used:
             run_uncompiled(self._undo)
-        text = used - {"vision_attention", "pixels"}
+        text = used - VISION
         if (
             used and not text
         ):  # no sequence will ever take over what the tower's stations remember: every picture begins anew
             self._hook(get(self.model, self.host.tower), self._forget)
         if "pixels" in used:
             self._hook(get(self.model, self.host.tower), self._pixels, with_kwargs=True)
-        if text and not isinstance(self.host, Host):
-            raise HostError(
-                f"{type(self.model).__name__} has no language model: stations {sorted(text)} do not exist there"
-            )
+        if not isinstance(self.host, Host):
+            _require_vision(self.model, text)
         if not text:
             return
         parameters = signature(self.model.forward)
@@ -278,6 +282,11 @@ class Attachment:
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def _require_vision(model: nn.Module, text: Iterable[str]) -> None:
+    if text:
+        raise HostError(f"{type(model).__name__} has no language model: stations {sorted(text)} do not exist there")
 
 
 def _worker(system: System, shape: Shape) -> _Worker:

@@ -11,6 +11,7 @@ from sightline.errors import InputError, ParameterError
 from sightline.mix import FNA, GNA
 from sightline.mix.fna import attention as fna_attention
 from sightline.mix.gna import neighborhood_attention
+from sightline.mix.parts.groups import attend_with_lse
 from sightline.mix.parts.tiles import best_stride, flat_bound, tile_bound
 from sightline.mix.parts.windows import Window, axis_mask, grid_mask, windows_of
 from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, seeded
@@ -281,3 +282,13 @@ def test_cost_counts_the_window() -> None:
     assert cost.flops == 4 * 64 * 16 * 16 + 8 * 64 * 16**2
     assert cost.saving > 1
     assert GNA(16, 2, window=4, stride=4).bound((16, 16), 4, 4).bound == 16
+
+
+def test_a_query_without_keys_is_zero_with_finite_gradients() -> None:
+    q, k, v = (randn(1, 3, 4, seed=s).requires_grad_() for s in range(3))
+    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    out, lse = attend_with_lse(q, k, v, 0.5, mask)
+    assert (out[0, 1] == 0).all()
+    assert lse[0, 1] == -torch.inf
+    grads = torch.autograd.grad(out.sum() + lse[0, ::2].sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)

@@ -20,7 +20,8 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def toy_processor():
-    text = build.tokenizer((language.document(k, TOY, "tokenizer") for k in range(20)), TOY.shape.vocabulary)
+    documents = (language.text_of(language.document(k, TOY, "tokenizer")) for k in range(20))
+    text = build.tokenizer(documents, TOY.shape.vocabulary)
     return build.processor(text, TOY.shape)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -124,6 +125,30 @@ def waves(grid: int, width: int) -> torch.Tensor:
     return torch.cat([rows, columns], -1).reshape(grid * grid, 4 * quarter)
 
 
+def match(query: nn.Linear, key: nn.Linear, heads: int, generator: torch.Generator) -> None:
+    """Mimetic start of queries and keys (Trockman & Kolter, ICML 2023, arXiv 2305.09828), in place.
+
+    Trained towers have query-key products near the identity: look at what is like you and near you. Starting there
+    lets a small tower learn from few pictures.
+    """
+    width, size = query.in_features, query.out_features // heads
+    for head in range(heads):
+        noise = torch.randn(width, width, generator=generator) / width**0.5
+        u, s, v = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(width))
+        rows = slice(head * size, (head + 1) * size)
+        query.weight[rows] = (u[:, :size] * s[:size].sqrt()).T
+        key.weight[rows] = v[:size] * s[:size, None].sqrt()
+
+
+def contrast(value: nn.Linear, output: nn.Linear, generator: torch.Generator) -> None:
+    """Mimetic start of a tower's values and output (same paper), in place: their product near minus the identity."""
+    width = value.in_features
+    noise = torch.randn(width, width, generator=generator) / width**0.5
+    u, s, v = torch.linalg.svd(0.4 * noise - 0.4 * torch.eye(width))
+    value.weight.copy_(v * s[:, None].sqrt())
+    output.weight.copy_(u * s.sqrt())
+
+
 def model(shape: Shape, text: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
     """A randomly initialised model, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
@@ -132,6 +157,10 @@ def model(shape: Shape, text: PreTrainedTokenizerFast, seed: int) -> LlavaForCon
     positions = made.model.vision_tower.embeddings.position_embedding.weight
     with torch.no_grad():
         positions[1:] = 0.3 * waves(shape.grid, shape.vision_width)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in made.model.vision_tower.encoder.layers:
+            match(layer.self_attn.q_proj, layer.self_attn.k_proj, shape.vision_heads, generator)
+            contrast(layer.self_attn.v_proj, layer.self_attn.out_proj, generator)
     made.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False,
         max_new_tokens=160,

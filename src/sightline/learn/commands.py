@@ -39,7 +39,7 @@ def tiny_llava(
     scale: Annotated[float, typer.Option(help="Multiply every stage's steps by this.")] = 1.0,
     minutes: Annotated[float | None, typer.Option(help="Train for this long at most, learning rates included.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the instruction stage, instead of the recipe's.")] = None,
-    only: Annotated[str | None, typer.Option(help="Only this stage: tower, language, align or instruct.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only this stage: tower, language, name, align or instruct.")] = None,
     seed: int = 0,
     device: Device = "auto",
     precision: Precision = "auto",

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sightline import scenes
 from sightline.learn.recipe import Plan
 
-STREAMS = {"tower": 0, "language": 1 << 24, "align": 2 << 24, "instruct": 3 << 24, "tokenizer": 4 << 24}
+STREAMS = {
+    "tower": 0,
+    "language": 1 << 24,
+    "align": 2 << 24,
+    "instruct": 3 << 24,
+    "tokenizer": 4 << 24,
+    "name": 5 << 24,
+}
 
 
 class Indexed(Dataset):

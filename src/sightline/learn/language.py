@@ -1,7 +1,8 @@
 """Stage 0b: the decoder learns the language of the world, and its priors, from text alone.
 
 Documents: a caption in place of the picture, then questions about it; captions and answers with nothing to look at
-(what is likely where); and short lore about places. Every document starts with BOS; every token is supervised.
+(what is likely where); and short lore about places. Every document starts with BOS; every token is supervised, answers most:
+to give them the decoder has to find words in its context, which is what it will do with visual tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from sightline.learn.loop import Trainer, named
 from sightline.learn.phrasing import describe, rephrase
 from sightline.learn.recipe import Recipe
 
+CHATTER = 0.1  # weight in the loss of what nobody can know: captions, and which question comes next
+
 
 def lore(rng: np.random.Generator) -> str:
     """Two or three sentences about what one meets in a place, drawn from the world's own frequencies."""
@@ -36,44 +39,63 @@ def lore(rng: np.random.Generator) -> str:
     return forms[int(rng.integers(len(forms)))]
 
 
-def document(index: int, recipe: Recipe, stage: str = "language") -> str:
-    """The text of document `index`, without BOS."""
+def document(index: int, recipe: Recipe, stage: str = "language") -> list[tuple[str, bool]]:
+    """Document `index` as (text, is it an answer) pieces, without BOS."""
     scene, rng = scene_of(stage, index, recipe.seed, 56)
     draw = rng.random()
-    asked = scenes.questions(scene, rng, 14)
-    turns = "</s>".join(f"USER: {rephrase(q, rng)} ASSISTANT: {q.answer}" for q in asked) + "</s>"
-    if draw < 0.6:
-        return f"USER: {scenes.caption(scene, rng, 'detailed')}\n" + turns.removeprefix("USER: ")
-    if draw < 0.7:
-        return f"USER: {scenes.caption(scene, rng, 'short')}\n" + turns.removeprefix("USER: ")
-    if draw < 0.8:
-        return turns
-    if draw < 0.9:
-        return " ".join(lore(rng) for _ in range(8)) + "</s>"
-    return f"USER: {describe(rng, 'detailed')} ASSISTANT: {scenes.caption(scene, rng, 'detailed')}</s>" + turns
+    if draw < 0.06:
+        return [(" ".join(lore(rng) for _ in range(8)) + "</s>", False)]
+    turns = [(rephrase(question, rng), question.answer) for question in scenes.questions(scene, rng, 16)]
+    pieces = [piece for q, a in turns for piece in ((f"USER: {q} ASSISTANT:", False), (f" {a}</s>", True))]
+    if draw < 0.1:
+        return pieces
+    if draw < 0.15:
+        told = scenes.caption(scene, rng, "detailed")
+        return [(f"USER: {describe(rng, 'detailed')} ASSISTANT:", False), (f" {told}</s>", False), *pieces]
+    style = "short" if draw < 0.25 else "detailed"
+    context = scenes.caption(scene, rng, style)
+    if rng.random() < 0.5:
+        pieces = [(f"USER: {describe(rng, style)} ASSISTANT:", False), (f" {context}</s>", True), *pieces]
+    return [(f"USER: {context}\n" + pieces[0][0].removeprefix("USER: "), False), *pieces[1:]]
 
 
-def sample(index: int, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """`recipe.length` tokens (fewer at the end of a short document), BOS first."""
-    return tokenizer(document(index, recipe))["input_ids"][: recipe.length]
+def text_of(pieces: list[tuple[str, bool]]) -> str:
+    """The pieces of a document joined."""
+    return "".join(text for text, _ in pieces)
 
 
-def collate(rows: list[list[int]], pad: int) -> torch.Tensor:
-    """(B, T) token ids, padded on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), pad)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = torch.tensor(row)
-    return out
+def sample(index: int, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
+    """At most `recipe.length` tokens, BOS first, and the weight of each in the loss: 1 in answers, else CHATTER."""
+    ids, weights = [tokenizer.bos_token_id], [0.0]
+    for text, answer in document(index, recipe):
+        part = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += part
+        weights += [1.0 if answer else CHATTER] * len(part)
+    return ids[: recipe.length], weights[: recipe.length]
 
 
-def loss_of(ids: torch.Tensor, model: LlavaForConditionalGeneration, pad: int) -> tuple[torch.Tensor, dict]:
-    """Next-token loss over everything that is not padding. ids (B, T)."""
-    ids = ids.to(model.lm_head.weight.device, non_blocking=True)
+def collate(rows: list[tuple[list[int], list[float]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) token ids padded on the right, and (B, T) weights, 0 on padding."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids, weights = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest)
+    for k, (tokens, values) in enumerate(rows):
+        ids[k, : len(tokens)], weights[k, : len(tokens)] = torch.tensor(tokens), torch.tensor(values)
+    return ids, weights
+
+
+def loss_of(
+    batch: tuple[torch.Tensor, torch.Tensor], model: LlavaForConditionalGeneration
+) -> tuple[torch.Tensor, dict]:
+    """Weighted next-token loss, and the share of answer tokens that is predicted right. ids, weights (B, T)."""
+    ids, weights = (tensor.to(model.lm_head.weight.device, non_blocking=True) for tensor in batch)
     hidden = model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    target = ids[:, 1:]
-    kept = target != pad
+    kept = weights[:, 1:] > 0
+    target, weight = ids[:, 1:][kept], weights[:, 1:][kept]
     logits = model.lm_head(hidden[:, :-1][kept]).float()
-    return F.cross_entropy(logits, target[kept]), {}
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    opening = (weights[:, 1:] == 1) & (weights[:, :-1] < 1)  # an answer's first token
+    first = opening[kept]
+    return loss, {"answers": (logits.argmax(-1) == target)[first].float().mean() if first.any() else torch.ones(())}
 
 
 def train(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, folder: Path, *,
@@ -81,10 +103,9 @@ def train(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFa
     """Train the decoder in place; checkpoint `folder/language.safetensors`."""
     trainer = Trainer("language", named("", model.model.language_model), recipe.language, folder,
                       precision=precision, minutes=minutes)  # fmt: skip
-    pad = tokenizer.pad_token_id
     make = partial(sample, recipe=recipe, tokenizer=tokenizer)
-    batches = stream(make, partial(collate, pad=pad), recipe.language, workers)
+    batches = stream(make, partial(collate, pad=tokenizer.pad_token_id), recipe.language, workers)
     model.model.language_model.train()
-    trainer.run(batches, partial(loss_of, model=model, pad=pad))
+    trainer.run(batches, partial(loss_of, model=model))
     model.model.language_model.eval()
     return trainer

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from sightline.errors import ParameterError, UnknownNameError, nearest
 
-STAGES = ("tower", "language", "align", "instruct")
+STAGES = ("tower", "language", "name", "align", "instruct")
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     tower: Plan = Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.05)
     language: Plan = Plan(steps=4000, batch=8, lr=2e-3)
-    align: Plan = Plan(steps=120, batch=16, lr=2e-3, weight_decay=0.0, warmup=10)
+    name: Plan = Plan(steps=400, batch=16, lr=2e-3, weight_decay=0.0, warmup=20)
+    align: Plan = Plan(steps=120, batch=16, lr=1e-3, weight_decay=0.0, warmup=10)
     instruct: Plan = Plan(steps=3000, batch=10, lr=1e-3)
     length: int = 256
-    turns: int = 12
+    turns: int = 18
     seed: int = 0
 
     def plan(self, stage: str) -> Plan:
@@ -88,6 +89,7 @@ TOY = Recipe(
                 hidden=48, vocabulary=400),
     tower=Plan(2, 2, 1e-3, warmup=1),
     language=Plan(2, 2, 1e-3, warmup=1),
+    name=Plan(2, 2, 1e-3, warmup=1),
     align=Plan(2, 2, 1e-3, warmup=1),
     instruct=Plan(2, 2, 1e-3, warmup=1),
     length=48,

@@ -11,11 +11,11 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from sightline import __version__
 from sightline.errors import InputError
-from sightline.learn import build, evaluate, instruct, language, loop, sinks, tower
+from sightline.learn import build, evaluate, instruct, language, loop, naming, sinks, tower
 from sightline.learn.recipe import STAGES, Recipe
 
 CORPUS = 3000  # documents the tokenizer is trained on
-SHARE = {"tower": 0.3, "language": 0.2, "align": 0.04, "instruct": 0.46}  # of the minutes given
+SHARE = {"tower": 0.3, "language": 0.2, "name": 0.03, "align": 0.03, "instruct": 0.44}  # of the minutes given
 
 
 def prepare(recipe: Recipe, out: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -56,7 +56,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
     curves = {}
     for stage in STAGES:
         if only not in (None, stage) and not (
-            only in ("align", "instruct") and STAGES.index(stage) < STAGES.index(only)
+            only in ("name", "align", "instruct") and STAGES.index(stage) < STAGES.index(only)
         ):
             continue
         limit = minutes * SHARE[stage] if minutes else None
@@ -64,6 +64,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
             trainer = tower.train(model.model.vision_tower, recipe, out, minutes=limit, **common)
         elif stage == "language":
             trainer = language.train(model, processor.tokenizer, recipe, out, minutes=limit, **common)
+        elif stage == "name":
+            trainer = naming.train(model, processor.tokenizer, recipe, out, minutes=limit, **common)
         else:
             number = 1 if stage == "align" else 2
             make = partial(instruct.world_sample, recipe=recipe, processor=processor, stage=number)
@@ -98,4 +100,5 @@ def report(folder: Path, *, device: torch.device, pictures: int, per_kind: int) 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     count = CORPUS if recipe.shape.vocabulary > 500 else 60
-    return build.tokenizer((language.document(k, recipe, "tokenizer") for k in range(count)), recipe.shape.vocabulary)
+    documents = (language.text_of(language.document(k, recipe, "tokenizer")) for k in range(count))
+    return build.tokenizer(documents, recipe.shape.vocabulary)

@@ -1,6 +1,6 @@
 """How exact the engine is, family by family: p = 1 and restore bit for bit, VAR against whole maps.
 
-    python -m benchmarks.exactness
+python -m benchmarks.exactness
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A system of your own in a few lines: look harder at the picture in every head, and watch the answer change.
 
-    python examples/add_a_system.py
+python examples/add_a_system.py
 """
 
 from dataclasses import dataclass

@@ -433,16 +433,25 @@ def test_version_and_help(run):
         done = run(*arguments)
         assert done.code == 0
         assert done.out.count("Usage: sightline") == 1
-        assert all(name in done.out for name in ("look", "list", "card", "cite", "doctor", *cli.LAZY))
+        assert all(
+            name in done.out for name in ("look", "list", "card", "cite", "doctor", *cli.LAZY, *cli.LAZY_COMMANDS)
+        )
 
 
 @pytest.mark.parametrize("name", cli.LAZY)
+def test_groups_that_load_when_chosen(run, name):
+    done = run(name, "--help")
+    assert done.code == 0
+    assert done.out.count(f"Usage: sightline {name}") == 1
+    assert "Commands" in done.out
+    assert run(name).out.split() == done.out.split()
+
+
+@pytest.mark.parametrize("name", cli.LAZY_COMMANDS)
 def test_commands_that_load_when_chosen(run, name):
-    for arguments in ([name], [name, "--help"]):
-        done = run(*arguments)
-        assert done.code == 0
-        assert done.out.count(f"Usage: sightline {name}") == 1
-        assert "Commands" in done.out
+    done = run(name, "--help")
+    assert done.code == 0
+    assert done.out.count(f"Usage: sightline {name} [OPTIONS]") == 1
 
 
 def test_exit_codes_of_other_commands_pass_through(monkeypatch, run):
@@ -484,7 +493,7 @@ def test_help_imports_nothing_heavy(arguments):
     if arguments[0] == "scenes":
         heavy = {"torch", "transformers", "matplotlib"}
     else:
-        heavy = HEAVY | {module for module, _ in cli.LAZY.values()}
+        heavy = HEAVY | {module for module, _ in (*cli.LAZY.values(), *cli.LAZY_COMMANDS.values())}
     code = f"import sys; from sightline.cli import main; main({arguments}); print({heavy} & set(sys.modules))"
     assert python("-c", code).stdout.splitlines()[-1] == "set()"
 

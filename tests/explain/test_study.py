@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sightline import loading
+from sightline import explain, loading
 from sightline.errors import InputError, ParameterError
 from sightline.explain import figures, results, study
 from sightline.explain.commands import app
 from sightline.explain.page import sentences
+from sightline.explain.questions import held_out
 from tests.explain.tiny import DIMS, SINKS, TAU, lvlm
 
 OPTIONS = {"n": 2, "draws": 1, "batch": 4, "progress": False, **SINKS}
@@ -74,6 +75,34 @@ def test_results_are_complete_and_agree_with_the_rows(done):
     total = sum(sum(r["sinks on background"]) for r in see) / sum(sum(r["sinks shown"]) for r in see)
     assert found["maps"]["sinks on background"]["value"] == pytest.approx(total)
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_rows_are_what_the_functions_give(done):
+    _, out = done
+    rows = {(r["task"], r["with"], int(r["id"])): r for r in map(json.loads, lines(out))}
+    asked = held_out(2, size=56)
+    block = asked[:4]
+    expected = explain.ablations(lvlm(), block, sweep=(0.0,), **SINKS) | explain.mask_sinks(
+        lvlm(), block, draws=1, **SINKS
+    )
+    assert len(expected) == 8
+    for name, replies in expected.items():
+        for item, reply in zip(block, replies, strict=True):
+            row = rows["ask", name, item.number]
+            assert row["logprob"] == pytest.approx(reply.logprob, rel=1e-4)
+            assert row["answer"] == reply.text
+    first = [asked[0], next(i for i in asked if i.scene is not asked[0].scene)]
+    pictures, questions = [i.scene.image for i in first], [i.text for i in first]
+    masks = [np.any([o.mask for o in i.scene.objects], 0) for i in first]
+    whole = explain.text_to_image(lvlm(), pictures, questions, masks, **SINKS)
+    weights = explain.contribution(lvlm(), pictures, questions, **SINKS)
+    for item, one, weight in zip(first, whole, weights, strict=True):
+        row = rows["see", "", item.number]
+        assert row["sinks on background"] == one.counts()["sinks on background"].tolist()
+        np.testing.assert_allclose(row["on objects"], one.on_objects()[0], rtol=1e-3)
+        np.testing.assert_allclose(row["map"]["received"], one.attention, rtol=1e-3)
+        norms = [np.nan if v is None else v for v in rows["weigh", "", item.number]["sink norm"]]
+        np.testing.assert_allclose(norms, weight.means()["sink norm"], rtol=1e-3)
 
 
 def test_the_page_is_one_file_in_plain_words(done):

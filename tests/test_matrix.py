@@ -19,7 +19,7 @@ import sightline as sl
 from sightline import catalog
 from sightline.engine.system import System
 from sightline.errors import AttachError, HostError, SightlineError
-from tests.engine.numerics import assert_close, relative_rms
+from tests.engine.numerics import Questions, assert_close, relative_rms
 from tests.engine.whole import forward, generate
 from tests.systems import CASES
 from tests.tiny_hosts import TINY, picture
@@ -260,6 +260,27 @@ def test_watched_by_a_recorder(slug, host):
     assert torch.equal(found[0], wanted[0])
     assert_close("logits", found[1], wanted[1], CLOSE)
     assert watch.seen.masses.shape[:4] == (5, 4, 2, 4)
+
+
+@systems
+@mostly
+def test_decoding_asks_the_device_nothing(slug, host):
+    """No host-device sync in the decode loop beyond the host's own."""
+
+    def decode() -> list[str]:
+        with torch.no_grad():
+            cache = host.model(**batch(host)).past_key_values
+            n, token = batch(host)["input_ids"].shape[1], torch.full((2, 1), 300)
+            for step in range(2):  # the first token may settle things once
+                mask = torch.nn.functional.pad(batch(host)["attention_mask"], (0, step + 1), value=1)
+                places = torch.full((2, 1), n + step)
+                with Questions() as questions:
+                    host.model(input_ids=token, attention_mask=mask, position_ids=places, past_key_values=cache)
+        return questions.asked
+
+    own = decode()
+    with sl.attach(host.model, CASES[slug].active):
+        assert decode() == own
 
 
 # -- hosts that cannot ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,23 @@ def assert_close(name: str, found: Tensor, wanted: Tensor, ratio: float = 1e-5) 
     assert error <= ratio, f"{name}: relative RMS error {error:.2e} > {ratio:.0e}"
 
 
+class Questions(TorchDispatchMode):
+    """Counts what makes the host wait for the device: values read, sizes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_value = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.NAMES or by_value:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
 class Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made: `with Largest() as seen: ...; seen.numel`."""
 

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import sightline as sl
 from sightline.engine.tokens import Role
@@ -338,7 +339,7 @@ def test_speculation_with_prompt_lookup(name, tiny):
 
 
 def test_features_encoded_beforehand(tiny):
-    """`mm_encoder_outputs` instead of pixels, also with tokens taken out before the decoder, ragged over rows."""
+    """`mm_encoder_outputs` instead of pixels."""
     host = tiny("llava")
     inputs = batch(host)
     with torch.no_grad():
@@ -360,6 +361,37 @@ def test_features_encoded_beforehand(tiny):
         host.model(**rest, mm_encoder_outputs={"image": both_encoded})
     image = events[-1]["ledger"].image[0]
     assert [(image == k).sum() for k in range(3)] == [36, 36, 0], "adjacent pictures are told apart by their features"
+
+
+def test_features_thinned_beforehand(tiny):
+    """Tokens taken out before the decoder, another number in each row: the ledger counts what is left."""
+    host = tiny("llava")
+    inputs = batch(host)
+    image = host.model.config.image_token_id
+    with torch.no_grad():
+        features = host.model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    rows = []
+    for ids, mask, keep in zip(inputs["input_ids"], inputs["attention_mask"], (8, 4), strict=True):
+        places = (ids == image).nonzero().flatten()
+        stay = mask.bool()
+        stay[places[keep:]] = False
+        rows.append(ids[stay])
+    width = max(map(len, rows))
+    thin = {
+        "input_ids": torch.stack(
+            [F.pad(r, (width - len(r), 0), value=host.processor.tokenizer.pad_token_id) for r in rows]
+        ),
+        "attention_mask": torch.stack([F.pad(torch.ones_like(r), (width - len(r), 0)) for r in rows]),
+    }
+    encoded = {
+        "image": BaseModelOutputWithPooling(pooler_output=[f[:k] for f, k in zip(features, (8, 4), strict=True)])
+    }
+    events: list[dict] = []
+    with sl.attach(host.model, weigh(FACTOR), watcher(events, ("logits",))):
+        ids, logits = generate(host.model, thin, mm_encoder_outputs=encoded)
+    wanted = forward(whole(host, thin, times(FACTOR)), {**thin, "mm_encoder_outputs": encoded}, ids)
+    assert_close("logits", logits, wanted[:, width - 1 : -1], CLOSE)
+    assert events[0]["ledger"].visual.sum(1).tolist() == [8, 4]
 
 
 def test_extended_inputs_are_the_prompts(tiny):

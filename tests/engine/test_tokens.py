@@ -193,6 +193,12 @@ def test_positions_after_pruning_continue_where_the_prompt_ended():
     assert kept.select(torch.tensor([[0, 2], [1, 2]])).generated().position[:, 2:].tolist() == [[6]] * 2
 
 
+def test_what_select_fills_up_is_nothing():
+    kept = ledger("IIab").select(torch.tensor([[-1, -1, 0, 2]]))
+    assert roles(kept) == ["..IA"]
+    assert [getattr(kept, name)[0, :2].tolist() for name in ("image", "index", "position")] == [[-1, -1]] * 3
+
+
 @pytest.mark.parametrize("keep", [torch.tensor([0, 1]), torch.tensor([[0, 1], [0, 1]])])
 def test_select_refuses_other_shapes(keep):
     with pytest.raises(InputError, match="keep has shape"):

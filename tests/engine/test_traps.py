@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import sightline as sl
+from sightline.engine import attention
 from sightline.engine.seats import NAMES, SEAT, attention_function
 from sightline.engine.tokens import Role
 from sightline.errors import HostError
-from tests.engine.numerics import assert_close
+from tests.engine.numerics import Largest, assert_close
 from tests.engine.toys import lean, look, nothing, toy, watcher, weigh
 from tests.engine.whole import LAYERS, forward, generate, plus, times, whole
+from tests.systems import CASES
 from tests.tiny_hosts import TINY, picture
 from tests.traces import differences, trace
 
@@ -246,6 +248,50 @@ def test_two_models_of_one_configuration_are_refused_together(tiny):
     with sl.attach(first, nothing()), pytest.raises(HostError, match="shares its configuration"):
         sl.attach(second, nothing())
     assert differences(before, trace(second)) == []
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_attention_that_does_not_ask_by_name_is_noticed(tower, tiny):
+    """Remote code mostly calls its own kernel: without this error, systems would silently do nothing."""
+    host = tiny("llava")
+    model = copy.deepcopy(host.model)
+    modules = model.model.language_model if tower == "text" else model.model.vision_tower
+    for module in modules.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.forward = lambda hidden_states, **_: (hidden_states, None)
+    forward(model, one(host))
+    station = "attention" if tower == "text" else "vision_attention"
+    with sl.attach(model, toy(**{station: lambda site: None})), pytest.raises(HostError, match="by itself"):
+        forward(model, one(host))
+
+
+def test_attention_without_a_configuration_is_refused(tiny):
+    model = copy.deepcopy(tiny("llava").model)
+    del model.model.language_model.layers[3].self_attn.config
+    before = trace(model)
+    with pytest.raises(HostError, match="keeps no config"):
+        sl.attach(model, nothing())
+    assert differences(before, trace(model)) == []
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("system", ["weigh", "lean", "var", "record"])
+def test_no_map_appears_in_a_long_prompt(name, system, tiny, monkeypatch):
+    """Through the whole model, not one tensor as large as a single head's map."""
+    host = tiny(name)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 128 << 10)
+    inputs = host.inputs(["the red cup " * 200], [[picture()]])
+    n = inputs["input_ids"].shape[1]
+    assert n > 600
+    made = {
+        "weigh": weigh,
+        "lean": lean,
+        "var": lambda: CASES["var"].active,
+        "record": lambda: sl.record(image_rows=True),
+    }
+    with sl.attach(host.model, made[system]()), Largest() as seen, torch.no_grad():
+        host.model(**inputs, logits_to_keep=1)
+    assert 32 * n < seen.numel < n * n, seen.where
 
 
 def test_softcaps_and_dropout_are_refused(tiny):

@@ -92,6 +92,7 @@ class Attachment:
             self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None)
         )
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
+        self.heard: set[str] = set()  # towers whose attention has called a seat in the forward now running
         self._tuples = False  # whether this forward was asked for a tuple
         self._undo = ExitStack()
         try:
@@ -155,6 +156,17 @@ class Attachment:
         for i, module in enumerate(modules):
             seat = Seat(self, tower, i, len(modules), plain=names.get(id(module), "fused"))
             seat.take(module, self._undo)
+        root = self._root(tower)
+        self._hook(root, lambda *_: self.heard.discard(tower))
+        self._undo.callback(root.register_forward_hook(partial(self._check_heard, tower)).remove)
+
+    def _check_heard(self, tower: str, module: nn.Module, args: tuple, output: Any) -> None:
+        """Raise HostError when code of the host's own (remote code, say) never asked for its attention by name."""
+        if tower not in self.heard:
+            raise HostError(
+                f"{type(module).__name__} computes attention by itself: it does not use transformers' attention interface, "
+                "so that systems can neither see nor edit it"
+            )
 
     def _hook(self, module: nn.Module, hook: Any, **options: Any) -> None:
         self._undo.callback(module.register_forward_pre_hook(hook, **options).remove)

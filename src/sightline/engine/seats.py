@@ -49,6 +49,7 @@ class Seat:
 
     def run(self, call: Call, plain: Any) -> tuple[Tensor, Tensor | None]:
         """The call under all systems; the host's own kernel when none wants anything of this layer."""
+        self.attachment.heard.add(self.tower)
         if self.tower == "text" and self.attachment.sequences.current is None:
             return plain()
         wishes = self.attachment.call("attention" if self.tower == "text" else "vision_attention",

@@ -55,13 +55,19 @@ def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pic
     for layer in range(layers):
         result["layers"].append({
             "bos_dim": dims[layer][0], "bos_dim_share": round(dims[layer][1] / pictures, 3),
-            **{key: round(float(np.nanmean([row[key][layer] for row in rows])), 4) for key in _KEYS},
+            **{key: _mean([row[key][layer] for row in rows]) for key in _KEYS},
         })  # fmt: skip
     return result
 
 
 _KEYS = ("phi_bos", "phi_image", "phi_image_max", "phi_text", "sinks", "sinks_on_background", "mass_bos", "mass_image",
          "mass_sinks", "mass_top4")  # fmt: skip
+
+
+def _mean(values: list[float]) -> float | None:
+    """Mean of what is a number; None if nothing is (no visual token over the threshold has no place either)."""
+    known = [value for value in values if not math.isnan(value)]
+    return round(float(np.mean(known)), 4) if known else None
 
 
 def _one(model, processor, scene: scenes.Scene) -> dict[str, list[float]]:

@@ -77,6 +77,26 @@ def test_inputs_must_be_tensors(name: str) -> None:
         hosts.layouts(host.model, host.processor, {k: list(v) for k, v in inputs.items()}, [(100, 40)])
 
 
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_sizes_noted_by_the_processor_are_compared(name: str) -> None:
+    """A size that gives as many tokens is noticed too."""
+    host = tiny(name)
+    inputs = host.inputs(["a"], [[picture(140, 40)]])
+    with pytest.raises(InputError, match=r"not those of the inputs, \[\(140, 40\)\]"):
+        hosts.layouts(host.model, host.processor, inputs, [(141, 40)])
+
+
+def test_placeholders_are_counted() -> None:
+    host = tiny("llava")
+    inputs = host.inputs(["a"], [[picture(64, 48)]])
+    with pytest.raises(InputError, match="36 image tokens"):
+        hosts.layouts(host.model, host.processor, inputs, [])
+    place = (inputs["input_ids"] == host.model.config.image_token_id).nonzero()[0]
+    inputs["input_ids"][tuple(place)] = 9
+    with pytest.raises(InputError, match=r"35 image tokens.*give 36"):
+        hosts.layouts(host.model, host.processor, inputs, [(64, 48)])
+
+
 @pytest.mark.parametrize("name", list(TINY))
 def test_no_picture_no_layout(name: str) -> None:
     host = tiny(name)

@@ -67,6 +67,8 @@ def test_results_are_complete_and_agree_with_the_rows(done):
         assert score["logprob"]["value"] == pytest.approx(sum(r["logprob"] for r in mine) / n, rel=1e-6)
         yes = [r["yes"] for r in mine if r["yes"] is not None]
         assert found["conditions"][name]["pope"]["yes"]["value"] == pytest.approx(sum(yes) / len(yes))
+    random = [found["conditions"][name]["all"]["logprob"]["value"] for name in ("mask random", "mask random 1")]
+    assert random[0] == pytest.approx(random[1])  # the mean over one draw
     plain, var = found["conditions"]["none"]["all"], found["conditions"]["var"]["all"]
     assert plain["logprob change"]["value"] == 0
     assert var["logprob change"]["value"] == pytest.approx(var["logprob"]["value"] - plain["logprob"]["value"])

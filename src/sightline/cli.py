@@ -128,7 +128,7 @@ def look(
         from sightline.looking import look
 
         chosen = _parse(systems or "none")
-        with status(f"asking {model}"):
+        with status(f"asking {model}", show=Path(model).is_dir() or model == "tiny"):  # a download has its own bars
             seen = look(
                 picture, question, model=model, systems=chosen, max_new_tokens=max_new_tokens,
                 device=device, dtype=dtype, seed=seed, **options,

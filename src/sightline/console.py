@@ -50,9 +50,9 @@ def say(console: Console, text: str = "", style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
-def status(text: str) -> AbstractContextManager:
+def status(text: str, show: bool = True) -> AbstractContextManager:
     """A spinner on stderr while the block runs, when that is a terminal."""
-    if not sys.stderr.isatty():
+    if not show or not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
 

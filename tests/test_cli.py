@@ -39,7 +39,8 @@ def model(tmp_path_factory) -> str:
 def place(tmp_path, monkeypatch) -> Path:
     """Every test stands in a folder of its own, which holds one good picture."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SIGHTLINE_DEBUG", raising=False)
+    for name in ("SIGHTLINE_DEBUG", "COLUMNS"):  # parallel test workers set a width
+        monkeypatch.delenv(name, raising=False)
     picture().save("photo.png")
     return tmp_path
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sightline.errors import InputError, ModelError, ParameterError, UnknownNameError
 from sightline.learn import tiny_llava, tuning
 from sightline.learn.commands import app
-from sightline.learn.recipe import TOY, Recipe, Shape
+from sightline.learn.recipe import STAGES, TOY, Recipe, Shape
 
 CPU = torch.device("cpu")
 RUN = CliRunner()
@@ -37,7 +37,7 @@ def test_the_saved_checkpoint_gives_the_same_logits(finished):
 def test_a_finished_run_is_only_read(finished):
     out, model = finished
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
-    assert set(before) == {f"{stage}.safetensors" for stage in ("tower", "language", "align", "instruct")}
+    assert set(before) == {f"{stage}.safetensors" for stage in STAGES}
     again = tiny_llava.run(TOY, out, device=CPU, precision="fp32")
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
@@ -46,7 +46,7 @@ def test_a_finished_run_is_only_read(finished):
 
 def test_stages_trained_one_by_one_make_the_same_model(finished, tmp_path):
     _, model = finished
-    for stage in ("language", "tower", "align", "instruct"):
+    for stage in ("language", "tower", "name", "align", "instruct"):
         last = tiny_llava.run(TOY, tmp_path, device=CPU, precision="fp32", only=stage)
     for a, b in zip(model.parameters(), last.parameters(), strict=True):
         assert torch.equal(a, b)

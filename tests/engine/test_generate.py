@@ -198,26 +198,31 @@ def test_a_second_question_with_another_picture(tiny):
     assert (events[-1]["start"], events[-1]["step"]) == (n, 1)
 
 
-@pytest.mark.parametrize("behind", [(1,), (1, 2, 5)])
-def test_a_prompt_in_chunks(behind, tiny):
+@pytest.mark.parametrize("cuts", [(-5,), (2, -6, -4)], ids=["behind the picture", "in the padding, too"])
+def test_a_prompt_in_chunks(cuts, tiny):
     """Edits of a chunk know the keys of the chunks before."""
     host = tiny("llava")
     inputs = batch(host)
     n = inputs["input_ids"].shape[1]
     image_end = int((inputs["input_ids"] == host.model.config.image_token_id).any(0).nonzero().max())
-    with sl.attach(host.model, weigh(FACTOR)), torch.no_grad():
+    events: list[dict] = []
+    with sl.attach(host.model, weigh(FACTOR), watcher(events, ("logits",))), torch.no_grad():
         cache, parts, at = None, [], 0
-        for stop in (*[image_end + b for b in behind], n):
-            images = {"pixel_values": inputs["pixel_values"]} if at == 0 else {}
+        for stop in (*[c % n for c in cuts], n):
+            images = {"pixel_values": inputs["pixel_values"]} if at <= image_end - 35 < stop else {}
             part = {"input_ids": inputs["input_ids"][:, at:stop], "attention_mask": inputs["attention_mask"][:, :stop]}
             positions = (part["attention_mask"].cumsum(1) - 1).clamp(min=0)[:, at:]
             out = host.model(**part, **images, past_key_values=cache, position_ids=positions)
             cache, at = out.past_key_values, stop
             parts.append(out.logits)
+        ledger = events[-1]["ledger"]
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         whole_prompt = host.model(**inputs, position_ids=positions).logits
     real = inputs["attention_mask"].bool()
     assert_close("logits", torch.cat(parts, 1)[real], whole_prompt[real], CLOSE)
+    assert torch.equal(ledger.role, events[-1]["ledger"].role)
+    assert torch.equal(ledger.role != int(Role.PAD), real)
+    assert not real.all()
 
 
 def test_a_copied_cache_goes_on_by_itself(tiny):

@@ -118,6 +118,19 @@ def test_static_cache(name, system, tiny):
     assert torch.equal(again[1], static[1])
 
 
+def test_a_static_cache_without_padding_has_no_mask(tiny):
+    """Then the host relies on causality, and the keys behind the prompt are no keys yet."""
+    host = tiny("llava")
+    inputs = one(host)
+    n, widths = inputs["input_ids"].shape[1], []
+    with sl.attach(host.model, weigh(), look(lambda site, w, first: widths.append(w.shape[-1]))):
+        ids, logits = generate(host.model, inputs, 3, cache_implementation="static", max_length=None)
+    assert widths[:4] == [n] * 4
+    assert min(widths[4:]) > n
+    wanted = forward(whole(host, inputs, times(3.0)), inputs, ids)[:, n - 1 : -1]
+    assert_close("logits", logits, wanted, CLOSE)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gemma3_pan_and_scan"])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_sliding_windows_keep_the_ledger_on_their_keys(name, cache, tiny):

@@ -11,6 +11,7 @@ chunks of bounded size. Softmax is in fp32; keys and values of grouped-query att
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,10 +116,11 @@ def attend(
 def row_weights(call: Call, start: int, stop: int, bias: Tensor | None = None) -> Tensor:
     """Softmax weights of queries [start, stop): (B, H, R, K) fp32. A row that sees no key is zero, never NaN."""
     heads_kv = call.key.shape[1]
-    query = call.query[:, :, start:stop]
+    power = 2.0 ** math.floor(math.log2(call.scale))  # exact, and keeps q k^T in fp16 from overflowing
+    query = call.query[:, :, start:stop] * power
     batch, heads, rows, dim = query.shape
     grouped = query.reshape(batch, heads_kv, heads // heads_kv * rows, dim)
-    scores = (grouped @ call.key.transpose(-1, -2)).view(batch, heads, rows, call.keys).float() * call.scale
+    scores = (grouped @ call.key.transpose(-1, -2)).view(batch, heads, rows, call.keys).float() * (call.scale / power)
     scores = _masked(call, scores if bias is None else scores + bias, start, stop)
     if bias is None and call.mask is None:
         return scores.softmax(-1)

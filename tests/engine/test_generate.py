@@ -275,7 +275,7 @@ def test_a_cache_filled_before_attaching_warns(tiny):
             with pytest.warns(UserWarning, match="filled before the systems were attached"):
                 host.model(input_ids=torch.tensor([[300]]), past_key_values=cache)
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # once is enough
+                warnings.simplefilter("error", UserWarning)  # once is enough
                 host.model(input_ids=torch.tensor([[301, 302]]), past_key_values=cache)
     ledger = events[-1]["ledger"]
     assert ledger.shape == (1, n + 3)

@@ -18,7 +18,7 @@ from torch import nn
 
 from sightline.engine.compiled import run_uncompiled
 from sightline.engine.seats import Seat, switch_attention
-from sightline.engine.sequences import Sequences
+from sightline.engine.sequences import Sequences, made_cache
 from sightline.engine.system import Shape, Site, System
 from sightline.errors import AttachError, HostError, ParameterError
 from sightline.hosts import Host, ViTHost, check, find, get
@@ -256,7 +256,7 @@ class Attachment:
         if sequence is None or output is None:  # the forward failed
             self.sequences.current = None
             return output
-        cache = getattr(output, "past_key_values", None)
+        cache = made_cache(output)
         try:
             if cache is not None:
                 layers, heads = self.shape.layers, self.shape.heads

@@ -51,7 +51,7 @@ class Sequences:
 
     def begin(self, given: dict[str, Any]) -> None:
         """A forward of the top model starts: find or make its sequence and bring the ledger up to date."""
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        ids, cache = given.get("input_ids"), given_cache(given)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         known = getattr(cache, KEY, None)
@@ -73,7 +73,7 @@ class Sequences:
     def finish(self, output: Any) -> Sequence | None:
         """The forward is over: the cache it made carries the sequence from now on."""
         sequence = self.current
-        cache = getattr(output, "past_key_values", None)
+        cache = made_cache(output)
         if sequence is not None and cache is not None:
             setattr(cache, KEY, sequence)
         self.current = None
@@ -129,6 +129,18 @@ class Sequences:
         else:
             known.tokens = tokens.generated()
         return known
+
+
+def given_cache(given: dict[str, Any]) -> Any:
+    """The cache among a forward's arguments: `cache` since transformers 5.24, `past_key_values` before (and still)."""
+    cache = given.get("cache")
+    return given.get("past_key_values") if cache is None else cache
+
+
+def made_cache(output: Any) -> Any:
+    """The cache of a forward's output, under either name."""
+    cache = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if cache is None else cache
 
 
 def _past(cache: Any, known: Sequence | None, ids: Tensor | None) -> int:

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sightline.engine.attach import attach
+from sightline.engine.sequences import made_cache
 from sightline.errors import ParameterError
 from sightline.evaluate.flops import Decoder
 from sightline.evaluate.peak import peak_bytes
@@ -115,7 +116,7 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
         for layer in layers:  # behind the systems' own hooks: what really enters the layer
             hooks.callback(layer.register_forward_pre_hook(_keep_length(tokens), with_kwargs=True).remove)
         with torch.inference_mode(), FlopCounterMode(display=False) as mode:
-            cache = lvlm.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            cache = made_cache(lvlm.model(**inputs, use_cache=True, logits_to_keep=1))
     kept = [layer.keys.shape[-2] for layer in cache.layers]
     stored = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     decoder = Decoder.of(lvlm.model.config)

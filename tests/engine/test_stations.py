@@ -19,10 +19,13 @@ LVLM = [name for name in TINY if name != "gemma3_pan_and_scan"]
 
 
 def runs(events: list[dict]) -> list[str]:
-    """Names of the stations with what repeats folded: hidden and attention of every layer are one "layers"."""
+    """Names of the stations with what repeats folded: hidden and attention of every layer are one "layers", in the tower "tower"."""
+    folded = dict.fromkeys(("hidden", "attention"), "layers") | dict.fromkeys(
+        ("vision_hidden", "vision_attention"), "tower"
+    )
     found: list[str] = []
     for e in events:
-        name = "layers" if e["station"] in ("hidden", "attention") else e["station"]
+        name = folded.get(e["station"], e["station"])
         if not found or found[-1] != name:
             found.append(name)
     return found
@@ -37,7 +40,7 @@ def test_the_path_of_one_question(name, tiny):
     with sl.attach(host.model, watcher(events)):
         generate(host.model, inputs, 3)
     once = ["visual_tokens", "layers", "cache", "logits"]
-    assert runs(events) == ["pixels", "vision_attention", *once, *(["layers", "cache", "logits"] * 2)]
+    assert runs(events) == ["pixels", "tower", *once, *(["layers", "cache", "logits"] * 2)]
 
     vision = [e for e in events if e["tower"] == "vision"]
     layers = [e["layer"] for e in vision if e["station"] == "vision_attention"]

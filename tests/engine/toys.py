@@ -26,7 +26,7 @@ def toy(prepare: Callable | None = None, name: str = "", **stations: Callable) -
 
 
 def nothing() -> System:
-    """Has all seven stations and asks for nothing."""
+    """Has all stations and asks for nothing."""
     return toy(**dict.fromkeys(STATIONS, lambda *args: None))
 
 

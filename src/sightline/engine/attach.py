@@ -8,7 +8,7 @@ at, one attribute on each of their attention modules, and hooks. Leaving undoes 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -17,19 +17,20 @@ import torch
 from torch import nn
 
 from sightline.engine.compiled import run_uncompiled
+from sightline.engine.front import Front
 from sightline.engine.seats import Seat, switch_attention
 from sightline.engine.sequences import Sequences, made_cache
 from sightline.engine.system import Shape, Site, System
 from sightline.errors import AttachError, HostError, ParameterError
-from sightline.hosts import Host, ViTHost, check, find, get
+from sightline.hosts import Host, ViTHost, check, feature_layer, find, get, prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
 MARK = "_sightline_attachment"
-VISION = {"pixels", "vision_attention"}  # stations that plain vision transformers have, too
+VISION = {"pixels", "vision_hidden", "vision_attention"}  # stations that plain vision transformers have, too
 
 
 def attach(model: nn.Module, *systems: System, host: Host | ViTHost | None = None) -> Attachment:
@@ -91,6 +92,7 @@ class Attachment:
         self.sequences = Sequences(
             self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None)
         )
+        self.front = Front(self)
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self.heard: set[str] = set()  # towers whose attention has called a seat in the forward now running
         self._tuples = False  # whether this forward was asked for a tuple
@@ -141,8 +143,7 @@ class Attachment:
         handle = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         self._undo.callback(handle.remove)
         decoder = get(self.model, self.host.decoder)
-        if "visual_tokens" in text:
-            self._hook(decoder, self._visual_tokens, with_kwargs=True)
+        self.front.enter(used, self._undo)
         layers = list(get(decoder, self.host.layers))
         if "hidden" in text:
             for i, layer in enumerate(layers):
@@ -188,17 +189,29 @@ class Attachment:
 
     # -- at work --------------------------------------------------------------------------------------------------
 
-    def call(self, station: str, tower: str, layer: int, layers: int, heads: int, *args: Any) -> list[Any]:
-        """Call a station of every system that has it, in attach order; returns what is not None."""
+    def call(
+        self, station: str, tower: str, layer: int, layers: int, heads: int, *args: Any, **facts: Any
+    ) -> list[Any]:
+        """Call a station of every system that has it, in attach order; returns what is not None. `facts`: of the site."""
         results = []
         for i, worker in enumerate(self.workers):
             if station not in worker.stations:
                 continue
             site = self._site(i, worker, tower, layer, layers, heads)
-            found = getattr(worker.system, station)(site, *args)
+            found = getattr(worker.system, station)(replace(site, **facts) if facts else site, *args)
             if found is not None:
                 results.append(found)
         return results
+
+    def each(self, station: str, tower: str, layer: int, value: Callable[[], Tensor]) -> Iterator[Any]:
+        """What a station of every system returns for a value, one after the other; later ones see what became of it."""
+        layers, heads = (self.shape.layers, self.shape.heads) if tower == "text" else (self.shape.tower_layers, 0)
+        for i, worker in enumerate(self.workers):
+            if station in worker.stations:
+                site = self._site(i, worker, tower, layer, layers, heads)
+                found = getattr(worker.system, station)(site, value())
+                if found is not None:
+                    yield found
 
     def thread(self, station: str, tower: str, layer: int, value: Tensor) -> Tensor | None:
         """Pass a tensor through a station of every system in turn; None when none changed it."""
@@ -217,8 +230,11 @@ class Attachment:
         if (
             sequence is None or tower == "vision"
         ):  # `generate` encodes pictures before the sequence they belong to begins
-            state = self.vision_states[i] if sequence is None else sequence.states[i]
-            return Site(tower, layer, layers, heads, None, 0, 0, True, 0, state, worker.setup, worker.tally)
+            state, running = self.vision_states[i] if sequence is None else sequence.states[i], self.front.running
+            seen = {} if running is None else running.notes[i]
+            return Site(
+                tower, layer, layers, heads, None, 0, 0, True, 0, state, worker.setup, worker.tally, seen, running
+            )
         return Site(
             tower,
             layer,
@@ -232,6 +248,8 @@ class Attachment:
             sequence.states[i],
             worker.setup,
             worker.tally,
+            {} if sequence.pictures is None else sequence.pictures.notes[i],
+            sequence.pictures,
         )
 
     def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -249,7 +267,9 @@ class Attachment:
         self.sequences.begin(given)
         wanted = given.get("return_dict")
         self._tuples = not (getattr(module.config, "return_dict", True) if wanted is None else wanted)
-        return (args, {**kwargs, "return_dict": True}) if self._tuples else None
+        own = {"return_dict": True} if self._tuples else {}
+        own |= self.sequences.arguments(given)
+        return (args, {**kwargs, **own}) if own else None
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         sequence = self.sequences.current
@@ -279,13 +299,6 @@ class Attachment:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
 
-    def _visual_tokens(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        sequence, embeddings = self.sequences.current, kwargs.get("inputs_embeds")
-        if sequence is None or embeddings is None or not sequence.prefill or not sequence.tokens.has_image:
-            return None
-        new = self.thread("visual_tokens", "text", -1, embeddings)
-        return None if new is None else (args, {**kwargs, "inputs_embeds": new})
-
     def _hidden(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.sequences.current is None:
             return None
@@ -308,9 +321,15 @@ def _worker(system: System, shape: Shape) -> _Worker:
 
 def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
     """The plain facts about a model that systems may ask for."""
+    layers = len(get(get(model, host.tower), host.tower_layers))
+    tower = {
+        "tower_layers": layers,
+        "tower_prefix": prefix(model, host),
+        "feature_layer": feature_layer(model, host),
+        "merged": getattr(host, "merged", False),
+    }
     if not isinstance(host, Host):
-        layers = len(get(get(model, host.tower), host.tower_layers))
-        return Shape("", layers, 0, 0, 0, first_states=lambda: torch.zeros(layers, 0))
+        return Shape("", layers, 0, 0, 0, first_states=lambda: torch.zeros(layers, 0), **tower)
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return Shape(
@@ -320,6 +339,7 @@ def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
         getattr(config, "num_key_value_heads", None) or heads,
         config.hidden_size,
         first_states=partial(first_states, model, host),
+        **tower,
     )
 
 

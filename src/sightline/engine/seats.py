@@ -53,7 +53,7 @@ class Seat:
         if self.tower == "text" and self.attachment.sequences.current is None:
             return plain()
         wishes = self.attachment.call("attention" if self.tower == "text" else "vision_attention",
-                                      self.tower, self.layer, self.layers, call.query.shape[1])  # fmt: skip
+                                      self.tower, self.layer, self.layers, call.query.shape[1], call=call)  # fmt: skip
         if not wishes:
             return plain()
         wishes = [w for wish in wishes for w in (wish if isinstance(wish, (list, tuple)) else [wish])]

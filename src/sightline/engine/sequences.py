@@ -7,11 +7,12 @@ with its own cache. The sequence is kept as an attribute of the cache object, so
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sightline.engine.entry import Cut, later
 from sightline.engine.tokens import Role, Tokens
 from sightline.errors import AttachError, SightlineWarning
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sightline.engine.attach import Attachment
+    from sightline.engine.pictures import Pictures
 
 KEY = "_sightline"
 
@@ -34,10 +36,12 @@ class Sequence:
     prefill: bool = True
     step: int = -1
     prompt: Tensor | None = field(default=None, repr=False)  # (B, N) ids of the prompt, only kept without a cache
+    pictures: Pictures | None = None  # of its last block with pictures
+    cut: Cut | None = None  # set when its prompt was shortened before the decoder
 
     def __deepcopy__(self, memo: dict) -> Sequence:  # a copied cache continues on its own, on the same attachment
         states = [dict(s) for s in self.states]
-        return Sequence(self.tokens, states, self.owner, self.queries, self.prefill, self.step, self.prompt)
+        return replace(self, states=states)
 
 
 class Sequences:
@@ -65,10 +69,19 @@ class Sequences:
         start = past == 0
         sequence = self._start(given, ids, mask, cache) if start else self._continue(known, ids, mask, past)
         sequence.queries = ids.shape[1]
+        if sequence.prefill:
+            self.owner.front.take(sequence)
         sequence.step += 1
         if cache is not None:
             setattr(cache, KEY, sequence)
         self.current = sequence
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of this forward that must be other than the caller's, whose prompt was longer."""
+        sequence = self.current
+        if sequence.cut is None or sequence.tokens.shape[1] == sequence.queries:
+            return {}
+        return later(given, sequence.tokens, sequence.queries, sequence.cut)
 
     def finish(self, output: Any) -> Sequence | None:
         """The forward is over: the cache it made carries the sequence from now on."""

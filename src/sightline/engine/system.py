@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sightline.engine.attention import Edit, Probe
+    from sightline.engine.attention import Call, Edit, Probe
+    from sightline.engine.pictures import Pictures
+    from sightline.engine.select import Keep
     from sightline.engine.tokens import Tokens
 
-STATIONS = ("pixels", "vision_attention", "visual_tokens", "hidden", "attention", "cache", "logits")
+STATIONS = ("pixels", "vision_hidden", "vision_attention", "visual_tokens", "hidden", "attention", "cache", "logits")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Shape:
     heads_kv: int
     hidden_size: int
     first_states: Callable[[], Tensor]  # () -> (L, D) fp32: first token's state entering every layer (runs the model)
+    tower_layers: int = 0
+    tower_prefix: int = 0  # class token and registers before the patches in the tower's sequence
+    feature_layer: int = -1  # 0-based tower layer whose output goes to the projector
+    merged: bool = False  # a visual token is made of several patches of the tower
 
 
 @dataclass
@@ -49,6 +55,9 @@ class Site:
     state: dict[Any, Any] = field(default_factory=dict)  # the system's own memory of this sequence
     setup: Any = None  # what the system's `prepare` returned
     tally: dict[Any, Any] = field(default_factory=dict)  # the system's memory of everything since entry, for `report`
+    seen: dict[Any, Any] = field(default_factory=dict)  # the system's memory of the pictures of this encoding
+    pictures: Pictures | None = None  # the encoding: in the tower the one now running, in the decoder the prompt's
+    call: Call | None = None  # the attention call, at the two attention stations; to read, never to write
 
 
 class System:
@@ -75,8 +84,14 @@ class System:
     def vision_attention(self, site: Site) -> Edit | Probe | None:
         """An attention call of the vision tower."""
 
-    def visual_tokens(self, site: Site, embeddings: Tensor) -> Tensor | None:
-        """(B, Q, D) input embeddings of the decoder, visual tokens in place (`site.tokens.visual` says where)."""
+    def vision_hidden(self, site: Site, hidden: Tensor) -> Keep | None:
+        """(R, N, C) input of tower layer `site.layer`. A `Keep` (R, N) drops tokens from here to the tower's end."""
+
+    def visual_tokens(self, site: Site, embeddings: Tensor) -> Tensor | Keep | None:
+        """(B, Q, D) input embeddings of the decoder, visual tokens in place (`site.tokens.visual` says where).
+
+        A `Keep` drops tokens: the decoder never sees them.
+        """
 
     def hidden(self, site: Site, hidden: Tensor) -> Tensor | None:
         """(B, Q, D) input of decoder layer `site.layer`, before its norm."""

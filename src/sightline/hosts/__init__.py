@@ -7,7 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from sightline.hosts.base import REGISTRY, Host, ViTHost, check, find, get, prefix, register
+from sightline.hosts.base import REGISTRY, Host, ViTHost, check, feature_layer, find, get, prefix, register
 from sightline.hosts.towers import tower_positions
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "Host",
     "ViTHost",
     "check",
+    "feature_layer",
     "find",
     "get",
     "layouts",

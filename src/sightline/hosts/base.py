@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Layouts = Callable[[Any, Mapping[str, Any], Sequence[tuple[int, int]], Any], list[Layout]]
     # (model, layouts) -> per picture (n, k, 2): row and place, in the tower's sequence, of every token's patches
     Order = Callable[[nn.Module, Sequence[Layout]], list[np.ndarray]]
+    # (model, arguments of its encoding, (rows, patches) of the tower, visual tokens) -> one Layout per picture
+    Views = Callable[[nn.Module, Mapping[str, Any], tuple[int, int], int], list[Layout]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Host:
     tower_order: Order | None = (
         None  # None: a crop is a row of the tower's batch, its patches row-major after the prefix
     )
+    views: Views | None = None  # layouts from the arguments of the encoding alone; None: every row of the tower is one
+    merged: bool = False  # a visual token is made of several patches of the tower
     deepstack: str | None = None  # path in model.config: tower layers whose features the first decoder layers add again
 
 
@@ -137,6 +141,16 @@ def check(model: nn.Module, host: Host | ViTHost) -> None:
 def prefix(model: nn.Module, host: Host | ViTHost) -> int:
     """Tokens before the patches in the tower's sequence: class token and registers."""
     return host.tower_prefix(model) if callable(host.tower_prefix) else host.tower_prefix
+
+
+def feature_layer(model: nn.Module, host: Host | ViTHost) -> int:
+    """The tower layer (0-based) whose output goes to the projector; the last of several."""
+    layers = len(get(get(model, host.tower), host.tower_layers))
+    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if chosen is None:
+        return layers - 1
+    chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]  # of the states: the input, then every output
+    return max(c + layers if c < 0 else c - 1 for c in chosen)
 
 
 def _tower_faults(model: nn.Module, host: Host | ViTHost) -> dict[str, str]:

@@ -61,4 +61,4 @@ def _layout(size: tuple[int, int], crops: list[tuple[int, int, int, int]], proce
     return join(size, parts, grids, [(height // patch[0], width // patch[1])] * len(views))
 
 
-GEMMA3 = register(Host("gemma3", ("Gemma3ForConditionalGeneration",), layouts=layouts))
+GEMMA3 = register(Host("gemma3", ("Gemma3ForConditionalGeneration",), layouts=layouts, merged=True))

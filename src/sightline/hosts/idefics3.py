@@ -99,5 +99,6 @@ IDEFICS3 = register(
         tower="model.vision_model",
         projector="model.connector",
         layouts=layouts,
+        merged=True,
     )
 )

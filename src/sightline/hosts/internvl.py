@@ -63,5 +63,6 @@ INTERNVL = register(
         tower_attention="attention",
         tower_prefix=1,
         layouts=layouts,
+        merged=True,
     )
 )

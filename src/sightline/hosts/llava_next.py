@@ -14,6 +14,7 @@ from sightline.hosts.base import Host, register
 from sightline.hosts.checks import require_sizes
 from sightline.hosts.geometry import Layout
 from sightline.hosts.llava import class_tokens
+from sightline.hosts.views import anyres_views
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
@@ -31,5 +32,11 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
 
 
 LLAVA_NEXT = register(
-    Host("llava_next", ("LlavaNextForConditionalGeneration",), tower_prefix=class_tokens, layouts=layouts)
+    Host(
+        "llava_next",
+        ("LlavaNextForConditionalGeneration",),
+        tower_prefix=class_tokens,
+        layouts=layouts,
+        views=anyres_views,
+    )
 )

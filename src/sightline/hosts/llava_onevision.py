@@ -17,6 +17,7 @@ from sightline.hosts.canvas import Canvas
 from sightline.hosts.checks import require_sizes
 from sightline.hosts.geometry import Layout
 from sightline.hosts.llava import class_tokens
+from sightline.hosts.views import anyres_views
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
@@ -45,5 +46,11 @@ def _alone(inputs: Mapping[str, Any], count: int) -> list[bool]:
 
 
 LLAVA_ONEVISION = register(
-    Host("llava_onevision", ("LlavaOnevisionForConditionalGeneration",), tower_prefix=class_tokens, layouts=layouts)
+    Host(
+        "llava_onevision",
+        ("LlavaOnevisionForConditionalGeneration",),
+        tower_prefix=class_tokens,
+        layouts=layouts,
+        views=anyres_views,
+    )
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sightline.hosts.base import Host, register
 from sightline.hosts.qwen_vl import layouts, packed_order
+from sightline.hosts.views import packed_views
 
 QWEN3_VL = register(
     Host(
@@ -19,6 +20,8 @@ QWEN3_VL = register(
         projector="model.visual.merger",
         layouts=layouts,
         tower_order=packed_order,
+        views=packed_views,
+        merged=True,
         deepstack="vision_config.deepstack_visual_indexes",
     )
 )

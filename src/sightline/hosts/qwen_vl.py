@@ -16,6 +16,7 @@ from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas, grid, join
 from sightline.hosts.checks import ADVICE, require_count
 from sightline.hosts.geometry import Layout
+from sightline.hosts.views import packed_views
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
@@ -87,6 +88,8 @@ QWEN2_VL = register(
         projector="model.visual.merger",
         layouts=layouts,
         tower_order=packed_order,
+        views=packed_views,
+        merged=True,
     )
 )
 QWEN2_5_VL = register(
@@ -99,5 +102,7 @@ QWEN2_5_VL = register(
         projector="model.visual.merger",
         layouts=layouts,
         tower_order=window_order,
+        views=packed_views,
+        merged=True,
     )
 )

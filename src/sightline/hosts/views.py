@@ -1,0 +1,98 @@
+"""Layouts without a processor: what can be told of a batch of pictures from the arguments of the host's own encoding.
+
+A host's `views` function gets these arguments and returns one `Layout` per picture, of which crops, cells and patches
+are those of the real picture; its pixels are those that the tower saw. Systems that drop tokens need no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from sightline.errors import HostError
+from sightline.hosts.anyres import anyres, tiles, view
+from sightline.hosts.base import Host, prefix
+from sightline.hosts.canvas import Canvas, grid, join, separators
+from sightline.hosts.geometry import Layout
+
+
+def views(model: Any, host: Host, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
+    """One Layout per picture of an encoding.
+
+    Args:
+        given: arguments of the host's `get_image_features`.
+        tower: (rows, tokens per row) of the tower's batch, class token included.
+        tokens: visual tokens that came out for all pictures together.
+
+    Raises:
+        HostError: they do not explain that number of tokens.
+    """
+    find = one_view_per_row if host.views is None else host.views
+    found = find(model, given, (tower[0], tower[1] - prefix(model, host)), tokens)
+    if sum(len(layout) for layout in found) != tokens:
+        raise HostError(
+            f"host {host.name!r}: the geometry gives {sum(len(x) for x in found)} visual tokens, the tower {tokens}; "
+            "video, or an encoding with settings of its own, is not understood here"
+        )
+    return found
+
+
+def one_view_per_row(model: Any, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
+    """Every row of the tower's batch is a square view of its own, its patches merged m x m; tiles count as pictures."""
+    rows, patches = tower
+    each = tokens // max(rows, 1)
+    extra = each - patches if each > patches else 0  # the class token was not taken away
+    return [square(patches, each - extra, extra)] * rows
+
+
+@lru_cache
+def square(patches: int, tokens: int, extra: int = 0) -> Layout:
+    """A square view of so many patches and tokens, `extra` separators in front."""
+    side, short = math.isqrt(patches), math.isqrt(tokens)
+    if side * side != patches or short * short != tokens or short == 0 or side % short:
+        raise HostError(f"{tokens} visual tokens of {patches} patches are no square grid of merged patches")
+    part = grid(Canvas(side, side), 0, short, short, (side // short, side // short), side // short)
+    return join((side, side), [separators(extra), part], [(short, short)], [(side, side)])
+
+
+def anyres_views(model: Any, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
+    """LLaVA's any-resolution tiles, from `image_sizes` and, where there is one, `batch_num_images`."""
+    sizes = [(int(width), int(height)) for height, width in _numbers(given["image_sizes"])]
+    together = given.get("batch_num_images")
+    alone = [True] * len(sizes) if together is None else [n == 1 for n in _numbers(together) for _ in range(n)]
+    config = model.config
+    most = given.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", "")
+    most = int("".join(c for c in most if c.isdigit()) or 0) or None
+    pinpoints = tuple(tuple(point) for point in config.image_grid_pinpoints)
+    vision = config.vision_config
+    return [
+        _anyres(size, one, pinpoints, vision.image_size, vision.patch_size, most)
+        for size, one in zip(sizes, alone, strict=True)
+    ]
+
+
+@lru_cache
+def _anyres(size: tuple[int, int], alone: bool, pinpoints: tuple, tile: int, patch: int, most: int | None) -> Layout:
+    if not alone:
+        return view(Canvas(*size).pad_square().resize(tile, tile), size, tile // patch, patch)
+    return anyres(size, tiles(size, [list(point) for point in pinpoints], tile, patch), tile, patch, most)
+
+
+def packed_views(model: Any, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
+    """Qwen's pictures of any size, from `image_grid_thw`."""
+    merge = int(model.config.vision_config.spatial_merge_size)
+    return [packed(int(rows), int(columns), merge) for _, rows, columns in _numbers(given["image_grid_thw"])]
+
+
+@lru_cache
+def packed(rows: int, columns: int, merge: int) -> Layout:
+    """A picture of rows x columns patches, merged merge x merge."""
+    shape = (rows // merge, columns // merge)
+    part = grid(Canvas(columns, rows), 0, *shape, (merge, merge), merge)
+    return join((columns, rows), [part], [shape], [(rows, columns)])
+
+
+def _numbers(value: Any) -> Sequence[Any]:
+    return value.tolist() if hasattr(value, "tolist") else value

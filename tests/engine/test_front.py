@@ -191,7 +191,7 @@ def test_what_cannot_be_cut_says_so(tiny):
     with sl.attach(host.model, every(3)):
         with pytest.raises(HostError, match="StaticCache has a fixed shape"):
             generate(host.model, batch(host), cache_implementation="static")
-        with pytest.raises(InputError, match="cut in two|in one forward"):
+        with pytest.raises(InputError, match=r"cut in two|in one forward"):
             generate(host.model, batch(host), prefill_chunk_size=16)
     assert "get_image_features" not in host.model.model.__dict__
     assert columns_of(2, torch.tensor([[True, False], [True, False]])).tolist() == [0, 1]

@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_MODULES = ("catalog", "engine", "errors", "evaluate", "explain", "hosts", "learn", "mix", "report", "scenes", "steer")
+_MODULES = (
+    "backbones",
+    "bench",
+    "catalog",
+    "engine",
+    "errors",
+    "evaluate",
+    "explain",
+    "hosts",
+    "learn",
+    "mix",
+    "report",
+    "scenes",
+    "steer",
+)
 _NAMES = {
     "attach": "sightline.engine.attach",
     "detach": "sightline.engine.attach",
@@ -20,7 +34,21 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from sightline import catalog, engine, errors, evaluate, explain, hosts, learn, mix, report, scenes, steer
+    from sightline import (
+        backbones,
+        bench,
+        catalog,
+        engine,
+        errors,
+        evaluate,
+        explain,
+        hosts,
+        learn,
+        mix,
+        report,
+        scenes,
+        steer,
+    )
     from sightline.engine.attach import attach, detach
     from sightline.engine.record import record
     from sightline.loading import load

@@ -21,9 +21,13 @@ from sightline.errors import ParameterError, SightlineError, check_range
 
 # Commands with sub-commands of their own: name -> (module with `app`, what --help says).
 LAZY = {
+    "bench": ("sightline.bench.commands", "Measure mixers against tokens, neighborhood attention's bounds, backbones."),
     "study": ("sightline.explain.commands", "Reproduce a paper's analysis on a model, with figures and a page."),
     "scenes": ("sightline.scenes.commands", "Draw the generated world; export COCO, LLaVA and POPE files."),
-    "train": ("sightline.learn.commands", "Train the bundled tiny LLaVA, or tune a LLaVA on your own dialogues."),
+    "train": (
+        "sightline.learn.commands",
+        "Train the bundled tiny LLaVA, tune a LLaVA on your own dialogues, train a classifier.",
+    ),
 }
 # Commands that live in such a module: name -> (module, what --help says).
 LAZY_COMMANDS = {

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train: the bundled tiny LLaVA, or any LLaVA on a LLaVA-format JSON.", no_args_is_help=True)
+app = typer.Typer(
+    help="Train: the bundled tiny LLaVA, any LLaVA on a LLaVA-format JSON, a classifier.", no_args_is_help=True
+)
 
 Out = Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
@@ -93,3 +95,43 @@ def instruct(
         device=_device(device), precision=precision, workers=workers, dry_run=dry_run,
     )  # fmt: skip
     typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+
+
+@app.command("classifier")
+def classifier(
+    backbone: Annotated[
+        str, typer.Option(help="A timm name, for example biformer_tiny (`sightline bench backbones`).")
+    ],
+    data: Annotated[str, typer.Option(help="scenes, or a folder with one sub-folder per class.")] = "scenes",
+    label: Annotated[
+        str, typer.Option(help="Of scenes: context (the place) or kind (of the largest object).")
+    ] = "context",
+    out: Out = Path("classifier-run"),
+    size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
+    steps: Annotated[int | None, typer.Option(help="Steps; 600 unless given, or --epochs for a folder.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over a folder.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; 5 % warm-up, then cosine.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices and kernels.")] = 0.05,
+    ema: Annotated[float, typer.Option(help="Decay of the average of the weights, which is what is saved.")] = 0.999,
+    mixup: Annotated[float, typer.Option(help="Mixup's alpha; 0: none.")] = 0.0,
+    smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.1,
+    drop_path: Annotated[float, typer.Option(help="Stochastic depth at the last block.")] = 0.0,
+    weights: Annotated[str | None, typer.Option(help="A published checkpoint to start from.")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = 0,
+) -> None:
+    """Train a vision backbone to classify pictures; prints top-1 on held-out ones."""
+    from sightline.learn import classifier as training
+
+    settings = training.Settings(
+        backbone, data, label, size, steps, epochs, batch, lr, weight_decay, ema, mixup, smoothing, drop_path, weights,
+        seed,
+    )  # fmt: skip
+    results = training.run(settings, out.expanduser(), device=_device(device), precision=precision, workers=workers)
+    typer.echo(
+        f"top-1 {results['top1']:.1f} % of {results['held_out']} held-out pictures (commonest class "
+        f"{results['baseline']:.1f} %)   model: {out / 'model.safetensors'}   curves: {out / 'curves.png'}"
+    )

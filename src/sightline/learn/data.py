@@ -18,6 +18,7 @@ STREAMS = {
     "instruct": 3 << 24,
     "tokenizer": 4 << 24,
     "name": 5 << 24,
+    "classifier": 6 << 24,
 }
 
 

@@ -44,12 +44,15 @@ class Trainer:
 
     The checkpoint holds parameters, optimiser moments and the random state; its metadata the step, the seconds
     trained, and the loss curve. It is replaced atomically, so a kill at any moment loses at most `save_every` steps,
-    and the resumed run sees the same batches in the same order.
+    and the resumed run sees the same batches in the same order. `state`: more tensors to keep, changed in place (running
+    statistics, averages); `after` is called after every step.
     """
 
     def __init__(self, name: str, parameters: dict[str, nn.Parameter], plan: Plan, folder: Path, *,
-                 precision: torch.dtype | None = None, minutes: float | None = None, save_every: int = 100):  # fmt: skip
+                 precision: torch.dtype | None = None, minutes: float | None = None, save_every: int = 100,
+                 state: dict[str, torch.Tensor] | None = None, after: Callable[[], None] | None = None):  # fmt: skip
         self.name, self.parameters, self.plan, self.folder = name, parameters, plan, Path(folder)
+        self.state, self.after = state or {}, after
         self.dtype, self.minutes, self.save_every = precision, minutes, save_every
         self.step, self.seconds, self.curve, self.done = 0, 0.0, [], False
         matrices = [p for p in parameters.values() if p.ndim > 1]
@@ -103,6 +106,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.after is not None:
+            self.after()
         return {"loss": round(float(loss.detach()), 5), **{k: round(float(v), 5) for k, v in metrics.items()}}
 
     def save(self) -> None:
@@ -112,6 +117,8 @@ class Trainer:
             tensors[f"parameter.{name}"] = parameter.detach().contiguous()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().contiguous()
+        for name, tensor in self.state.items():
+            tensors[f"state.{name}"] = tensor.detach().clone().contiguous()
         facts = {"step": self.step, "seconds": self.seconds, "done": self.done, "curve": self.curve}
         partial = self.path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"state": json.dumps(facts)})
@@ -138,6 +145,9 @@ class Trainer:
                     self.optimizer.state[parameter] = {
                         k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
                     }
+            for name, tensor in self.state.items():
+                with torch.no_grad():
+                    tensor.copy_(stored.get_tensor(f"state.{name}"))
             torch.set_rng_state(stored.get_tensor("rng"))
         self.step, self.seconds, self.curve = facts["step"], facts["seconds"], facts["curve"]
         self.done = facts["done"] or self.progress >= 1

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sightline.catalog import Paper, param, system
 from sightline.errors import ParameterError
 from sightline.mix.parts.base import Cost, Mixer, check_grid, flat_index
-from sightline.mix.parts.local import PredictedConv, conv_per_sample
+from sightline.mix.parts.local import PredictedConv, conv_per_sample, convolved, depthwise
 
 PHI = {
     "identity": lambda x: x,
@@ -86,6 +86,7 @@ class InLine(Mixer):
     phi: str = param("identity", "on queries and keys: identity, relu, leaky_relu or exp")
     qkv_bias: bool = param(True, "bias of the projections")
     fused: bool = param(True, "one qkv projection (DeiT, Swin); false: q and kv (PVT)")
+    learned: bool = param(False, "a learned depthwise 3 x 3 convolution of the values beside the predicted one (CSwin)")
 
     def check(self) -> None:
         super().check()
@@ -100,16 +101,25 @@ class InLine(Mixer):
             self.kv = nn.Linear(self.dim, 2 * self.dim, bias=self.qkv_bias)
         self.proj = nn.Linear(self.dim, self.dim)
         self.residual = PredictedConv(self.dim, self.heads)
+        self.get_v = depthwise(self.dim, 3) if self.learned else None
 
-    def forward(self, x: Tensor, cls: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, H, W, C) -> same; with cls tokens (B, T, C), which stand before the map, the pair (map, cls)."""
+    def forward(
+        self, x: Tensor, cls: Tensor | None = None, *, mean: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, H, W, C) -> same; with cls tokens (B, T, C), which stand before the map, the pair (map, cls).
+
+        mean: (B, C) that the kernels are predicted from, instead of the mean of x (CSwin: of x before its norm).
+        """
         grid = check_grid(self, x, axes=(2,))
         tokens = x.flatten(1, 2) if cls is None else torch.cat([cls, x.flatten(1, 2)], 1)
         q, k, v = self._project(tokens)
         out = inline_attention(q, k, v).flatten(-2)
         skip = 0 if cls is None else cls.shape[1]
-        kernels = self.residual(tokens.mean(1))
-        local = conv_per_sample(v[:, skip:].flatten(-2).unflatten(1, grid), kernels)
+        kernels = self.residual(tokens.mean(1) if mean is None else mean)
+        values = v[:, skip:].flatten(-2).unflatten(1, grid)
+        local = conv_per_sample(values, kernels)
+        if self.get_v is not None:
+            local = local + convolved(self.get_v, values)
         out = torch.cat([out[:, :skip], out[:, skip:] + local.flatten(1, 2)], 1)
         out = self.proj(out)
         new = out[:, skip:].unflatten(1, grid)

@@ -1,0 +1,111 @@
+"""`bench mixers`: exponents, what a run writes, going on, what is left out, bad requests."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sightline import catalog, mix
+from sightline.bench import mixers
+from sightline.bench.measure import exponent, measure
+from sightline.errors import InputError, ParameterError, UnknownNameError
+
+SMALL = {"names": ["flowformer", "gna"], "lengths": [64, 256], "dim": 8, "heads": 2, "repeats": 1}
+
+
+def test_exponent_of_powers() -> None:
+    lengths = [256, 1024, 4096, 16384]
+    for power in (0.5, 1.0, 2.0):
+        assert exponent(lengths, [3e-6 * n**power for n in lengths], least=256) == pytest.approx(power)
+    bent = [1.0, 1.0, 2.0, 8.0]  # from 4096 on it is linear
+    assert exponent(lengths, bent) == pytest.approx(1.0)
+    assert exponent([256, 4096], [1.0, 2.0]) is None
+
+
+def test_measure_counts_memory_exactly() -> None:
+    layer = torch.nn.Linear(16, 32)
+    found = measure(layer, torch.randn(10, 16), repeats=2)
+    weights = 4 * (16 * 32 + 32)
+    assert found.forward_bytes == weights + 4 * 10 * 32
+    assert found.train_bytes > found.forward_bytes + weights  # gradients
+    assert found.train_s > 0 < found.forward_s
+
+
+def test_every_mixer_of_the_catalogue_is_measured() -> None:
+    classes = {type(make(256, 32, 4)) for make in mixers.MIXERS.values()}
+    assert {e.cls for e in catalog.load_all().values() if e.kind == "mix"} <= classes
+
+
+def test_the_baseline_is_dense_attention() -> None:
+    module = mixers.MIXERS[mixers.BASELINE](64, 8, 2)
+    assert isinstance(module, mix.MoH)
+    x = torch.randn(1, 8, 8, 8)
+    assert torch.equal(module.gates(x), torch.ones(1, 8, 8, 2))
+    assert module.cost((8, 8)).saving == pytest.approx(1.0)
+
+
+def test_a_run_and_its_continuation(tmp_path) -> None:
+    lines: list[str] = []
+    results = mixers.run(tmp_path / "run", **SMALL, progress=lines.append)
+    assert len(lines) == 6  # the baseline comes first, unasked
+    assert list(results["mixers"]) == ["sdpa", "flowformer", "gna"]
+    assert json.loads((tmp_path / "run/results.json").read_text()) == results
+    text = (tmp_path / "run/table.md").read_text()
+    assert text.count("| flowformer |") == 4
+    assert (tmp_path / "run/scaling.png").stat().st_size > 10_000
+    row = results["mixers"]["gna"]["rows"][1]
+    assert row["flops"] == mix.GNA(8, 2, window=7, stride=7).cost((16, 16)).flops
+    answers = tmp_path / "run/answers.jsonl"
+    before = answers.read_text().splitlines()
+    answers.write_text("\n".join(before[:3]) + "\n")  # killed after three
+    again: list[str] = []
+    mixers.run(tmp_path / "run", **SMALL, progress=again.append)
+    assert len(again) == 3
+    assert answers.read_text().splitlines()[:3] == before[:3]
+    with pytest.raises(InputError, match="dim"):
+        mixers.run(tmp_path / "run", **SMALL | {"dim": 16})
+
+
+def test_lengths_that_would_take_too_long_are_left_out(tmp_path) -> None:
+    settings = SMALL | {"names": ["sdpa"], "lengths": [64, 1024, 4096], "limit": 1e-6}
+    results = mixers.run(tmp_path / "run", **settings)
+    answers = [row["answer"] for row in results["mixers"]["sdpa"]["rows"]]
+    assert answers[0] == "measured"
+    assert "expected" in answers[1]
+    assert "left out" in answers[2]
+    assert "–" in (tmp_path / "run/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"names": ["flow"]}, UnknownNameError, "flowformer"),
+        ({"lengths": [100, 200]}, ParameterError, "200"),
+        ({"lengths": [16]}, ParameterError, "16"),
+        ({"dim": 9}, ParameterError, "dim=9"),
+        ({"limit": 0.0}, ParameterError, "limit"),
+        ({"repeats": 0}, ParameterError, "repeats"),
+        ({"dtype": "int8"}, ParameterError, "int8"),
+    ],
+)
+def test_bad_requests_write_nothing(tmp_path, change, error, match) -> None:
+    with pytest.raises(error, match=match):
+        mixers.run(tmp_path / "run", **SMALL | change)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_linear_mixers_are_linear(tmp_path) -> None:
+    """Exponent of time from 4 096 tokens on: at most 1.1 where the paper says linear, and faster than dense at 16 384."""
+    linear = ["fna", "gna", "flowformer", "inline", "agent", "halonet", "davit", "davit-window", "volo"]
+    results = mixers.run(
+        tmp_path / "run", names=linear, lengths=[1024, 4096, 16384], dim=64, heads=2, train=False, repeats=3
+    )
+    dense = results["mixers"]["sdpa"]["rows"][-1]["forward_s"]
+    for name in linear:
+        mixer = results["mixers"][name]
+        assert mixer["exponents"]["flops"] <= 1.01, name
+        assert mixer["exponents"]["forward_s"] <= 1.25, (name, mixer["exponents"])  # a busy machine
+        assert mixer["rows"][-1]["forward_s"] < dense, name

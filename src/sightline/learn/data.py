@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sightline import scenes
@@ -54,6 +55,7 @@ def stream(make: Callable[[int], Any], collate: Callable, plan: Plan, workers: i
         return iter(DataLoader(
             Indexed(make, total), plan.batch, sampler=_From(step * plan.batch, total), collate_fn=collate,
             num_workers=workers, prefetch_factor=4 if workers else None,
+            generator=torch.Generator().manual_seed(0),  # without it the loader draws from the run's own random state
         ))  # fmt: skip
 
     return batches

@@ -43,6 +43,7 @@ def card(entry: Entry) -> dict[str, Any]:
         "needs": list(entry.needs),
         "parameters": _parameters(entry),
         "published": [{"what": what, "figure": figure, "status": "as reported"} for what, figure in entry.published],
+        "networks": _networks(entry),
         "command": _command(entry),
         "python": _python(entry),
         "bibtex": entry.paper.bibtex(entry.slug),
@@ -78,12 +79,25 @@ def print_card(entry: Entry, console: Console) -> None:
     _rows(console, "Parameters", ("name", "default", "range", "meaning"), [_cells(p) for p in facts["parameters"]])
     published = [(row["what"], row["figure"], row["status"]) for row in facts["published"]]
     _rows(console, "Published figures", ("what", "figure", "status"), published)
+    networks = [tuple("" if v is None else str(v) for v in row.values()) for row in facts["networks"]]
+    _rows(console, "Networks (timm.create_model)", ("name", "input", "ImageNet-1K top-1, as reported"), networks)
     say(console, "\nUse it", style="bold")
     for line in (facts["command"], *facts["python"].splitlines()):
         if line:
             say(console, f"  {line}")
     say(console, "\nCite it", style="bold")
     say(console, facts["bibtex"])
+
+
+def _networks(entry: Entry) -> list[dict[str, Any]]:
+    """The backbones built on a mixer; none where timm is absent."""
+    from importlib.util import find_spec
+
+    if entry.kind != "mix" or find_spec("timm") is None:
+        return []
+    from sightline.backbones import of_family
+
+    return [{"name": v.name, "size": v.size, "top1": v.top1} for v in of_family(entry.slug)]
 
 
 def _rows(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

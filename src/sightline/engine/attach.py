@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sightline.engine.compiled import run_uncompiled
+from sightline.engine.cuts import Cutter, View
 from sightline.engine.front import Front
 from sightline.engine.seats import Seat, switch_attention
 from sightline.engine.sequences import Sequences, made_cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MARK = "_sightline_attachment"
 VISION = {"pixels", "vision_hidden", "vision_attention"}  # stations that plain vision transformers have, too
+CUTTING = {"cut", "cache"}  # stations that may shorten what layers see
 
 
 def attach(model: nn.Module, *systems: System, host: Host | ViTHost | None = None) -> Attachment:
@@ -95,6 +97,8 @@ class Attachment:
         self.front = Front(self)
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self.heard: set[str] = set()  # towers whose attention has called a seat in the forward now running
+        self.seats: list[Seat] = []  # at the decoder's attention, when a system needs them
+        self.cutter: Cutter | None = None  # when a system may drop tokens inside the language model
         self._tuples = False  # whether this forward was asked for a tuple
         self._undo = ExitStack()
         try:
@@ -145,10 +149,15 @@ class Attachment:
         decoder = get(self.model, self.host.decoder)
         self.front.enter(used, self._undo)
         layers = list(get(decoder, self.host.layers))
+        if not text.isdisjoint(CUTTING):
+            rotary = get(decoder, self.host.rotary) if hasattr(decoder, self.host.rotary) else None
+            deep = len(get(self.model.config, self.host.deepstack)) if self.host.deepstack else 0
+            self.cutter = Cutter(self)
+            self.cutter.enter(decoder, rotary, layers, deep, self._undo)
         if "hidden" in text:
             for i, layer in enumerate(layers):
                 self._hook(layer, partial(self._hidden, i), with_kwargs=True)
-        if "attention" in text:
+        if "attention" in text or self.cutter is not None:
             self._take_seats("text", self.text_attention())
 
     def _take_seats(self, tower: str, modules: list[nn.Module]) -> None:
@@ -157,6 +166,8 @@ class Attachment:
         for i, module in enumerate(modules):
             seat = Seat(self, tower, i, len(modules), plain=names.get(id(module), "fused"))
             seat.take(module, self._undo)
+            if tower == "text":
+                self.seats.append(seat)
         root = self._root(tower)
         self._hook(root, lambda *_: self.heard.discard(tower))
         self._undo.callback(root.register_forward_hook(partial(self._check_heard, tower)).remove)
@@ -235,14 +246,18 @@ class Attachment:
             return Site(
                 tower, layer, layers, heads, None, 0, 0, True, 0, state, worker.setup, worker.tally, seen, running
             )
+        tokens, queries = sequence.tokens, sequence.queries
+        depth = sequence.cuts.depths[layer] if layer >= 0 else None
+        if depth is not None:
+            tokens, queries = depth.tokens, depth.queries(queries)
         return Site(
             tower,
             layer,
             layers,
             heads,
-            sequence.tokens,
-            sequence.tokens.shape[1] - sequence.queries,
-            sequence.queries,
+            tokens,
+            tokens.shape[1] - queries,
+            queries,
             sequence.prefill,
             sequence.step,
             sequence.states[i],
@@ -250,6 +265,10 @@ class Attachment:
             worker.tally,
             {} if sequence.pictures is None else sequence.pictures.notes[i],
             sequence.pictures,
+            whole=sequence.tokens,
+            columns=None if depth is None else depth.column,
+            labels=sequence.labels_here,
+            cuts=None if self.cutter is None else View(self.cutter, layer),
         )
 
     def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -280,9 +299,13 @@ class Attachment:
         try:
             if cache is not None:
                 layers, heads = self.shape.layers, self.shape.heads
+                if self.cutter is not None:
+                    self.cutter.cache = cache
                 self.call("cache", "text", -1, layers, heads, cache)
             new = self.thread("logits", "text", -1, output.logits[:, -1])
         finally:
+            if self.cutter is not None:
+                self.cutter.settle(cache)
             self.sequences.finish(output)
         if new is not None:
             output.logits = torch.cat([output.logits[:, :-1], new[:, None].to(output.logits.dtype)], 1)

@@ -104,9 +104,10 @@ class Recorder(System):
             return
         seen = self._seen(site)
         phi = sink_value(hidden, site.setup["dims"])  # (B, Q)
+        phi = _everywhere(torch.nn.functional.pad(phi, (site.start, 0)), site)  # (B, N)
         before = seen.phi.get(site.layer)
         if before is not None and site.start > 0:
-            phi = torch.cat([before, phi.new_zeros(phi.shape[0], site.start - before.shape[1]), phi], 1)
+            phi = phi + torch.nn.functional.pad(before, (0, phi.shape[1] - before.shape[1]))
         seen.phi[site.layer] = phi
         self._count(phi)
 
@@ -139,21 +140,21 @@ class Recorder(System):
     def _seen(self, site: Site) -> Seen:
         seen = site.state.get("seen")
         if seen is None:
-            seen = site.state["seen"] = Seen(site.tokens, _columns(site.tokens))
+            seen = site.state["seen"] = Seen(site.whole, _columns(site.whole))
             self.sequences.append(seen)
-        elif site.prefill and seen.tokens.shape != site.tokens.shape:
-            seen.tokens, seen.columns = site.tokens, _columns(site.tokens)
+        elif site.prefill and seen.tokens.shape != site.whole.shape:
+            seen.tokens, seen.columns = site.whole, _columns(site.whole)
         return seen
 
     def _member(self, site: Site, seen: Seen) -> Tensor:
         """(B, N, G) fp32 group membership of the prompt at this layer; made at prefill."""
         if site.prefill or ("member", site.layer) not in site.state:
-            tokens = seen.tokens
-            sink = (
-                tokens.visual & (seen.phi[site.layer] > site.setup["tau"])
-                if seen.phi
-                else torch.zeros_like(tokens.visual)
-            )
+            tokens = site.tokens
+            sink = torch.zeros_like(tokens.visual)
+            if seen.phi:
+                phi = seen.phi[site.layer]
+                phi = phi if site.columns is None else phi.gather(1, site.columns.clamp(min=0))
+                sink = tokens.visual & (phi > site.setup["tau"])
             groups = [
                 tokens.where(Role.START),
                 tokens.where(Role.BEFORE),
@@ -176,7 +177,8 @@ class Recorder(System):
         seen._masses[-1].append(masses)
         self._count(masses)
         if self.image_rows:
-            columns = seen.columns - dropped
+            columns = seen.columns if site.columns is None else _places(site, seen.columns)
+            columns = columns - dropped
             picked = row.gather(2, columns.clamp(min=0)[:, None].expand(-1, row.shape[1], -1))
             kept = picked.masked_fill(columns[:, None] < 0, 0).half()
             seen._rows[-1].append(kept)
@@ -214,6 +216,23 @@ class Recorder(System):
                 f"more than limit_mb={self.limit / 2**20:.0f}: use record(image_rows=True) instead, or raise limit_mb"
             )
         self._bytes += need
+
+
+def _everywhere(values: Tensor, site: Site) -> Tensor:
+    """Values (B, M) of what a layer has seen -> (B, N) on all columns of the sequence, 0 where it has not."""
+    if site.columns is None:
+        return values
+    width = site.whole.shape[1]
+    index = torch.where(site.columns < 0, width, site.columns)
+    return values.new_zeros(values.shape[0], width + 1).scatter(1, index, values)[:, :width]
+
+
+def _places(site: Site, columns: Tensor) -> Tensor:
+    """Columns (B, V) of the whole sequence -> where the layer's ledger has them; -1 where it does not."""
+    order = torch.arange(site.columns.shape[1], device=columns.device).expand_as(site.columns)
+    index = torch.where(site.columns < 0, site.whole.shape[1], site.columns)
+    place = torch.full((columns.shape[0], site.whole.shape[1] + 1), -1, device=columns.device)
+    return place.scatter(1, index, order).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
 
 
 def _columns(tokens: Tokens) -> Tensor:

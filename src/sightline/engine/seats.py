@@ -8,8 +8,9 @@ timm calls torch's SDPA directly; there a `TorchFunctionMode` around the module'
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sightline.engine.attention import Call, Edit, Probe, attend
+from sightline.engine.attention import Call, Edit, Probe, attend, row_weights
+from sightline.engine.depth import Held, spread
+from sightline.engine.select import take
 from sightline.errors import HostError
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Seat:
     layer: int
     layers: int
     plain: str  # "sdpa", "eager" or "fused": the host's own kernel
+    peeking: Callable[[Call], None] | None = None  # stands in for the attention while a layer is only looked at
 
     def take(self, module: nn.Module, undo: ExitStack) -> None:
         """Sit down beside `module`; `undo` gets up again."""
@@ -50,6 +54,8 @@ class Seat:
     def run(self, call: Call, plain: Any) -> tuple[Tensor, Tensor | None]:
         """The call under all systems; the host's own kernel when none wants anything of this layer."""
         self.attachment.heard.add(self.tower)
+        if self.peeking is not None:
+            self.peeking(call)
         if self.tower == "text" and self.attachment.sequences.current is None:
             return plain()
         wishes = self.attachment.call("attention" if self.tower == "text" else "vision_attention",
@@ -57,24 +63,90 @@ class Seat:
         if not wishes:
             return plain()
         wishes = [w for wish in wishes for w in (wish if isinstance(wish, (list, tuple)) else [wish])]
-        edits = [_on_keys(w, self._dropped(call)) for w in wishes if isinstance(w, Edit)]
+        if self.tower == "text":
+            cuts, whole = self.attachment.sequences.current.cuts, self.attachment.sequences.current.tokens
+            depth = cuts.depths[self.layer]
+            width = (whole if depth is None else depth.tokens).shape[1]
+            held = cuts.held.get(self.layer)
+            wishes = [_on_keys(w, width, call.keys) if held is None else _on_held(w, held, width) for w in wishes]
+        edits = [w for w in wishes if isinstance(w, Edit)]
         return attend(call, plain, edits, [w for w in wishes if isinstance(w, Probe)])
 
-    def _dropped(self, call: Call) -> int:
-        """Columns of the ledger that a sliding-window cache has already dropped from the front."""
-        sequence = self.attachment.sequences.current
-        return 0 if self.tower == "vision" else max(0, sequence.tokens.shape[1] - call.keys)
+    def peek(self, forward: Callable[[], Any], queries: Tensor, past: Tensor | None) -> Tensor:
+        """Attention rows of a layer that goes no further.
+
+        Args:
+            forward: runs the layer without a cache.
+            queries: (B, R) which queries of the block.
+            past: (B, Hkv, P, D) keys cached earlier.
+
+        Returns:
+            (B, H, R, P + Q) fp32.
+        """
+        found: list[Tensor] = []
+
+        def see(call: Call) -> None:
+            found.append(_rows(call, queries, past))
+            raise _Peeked
+
+        self.peeking = see
+        try:
+            with torch.no_grad():
+                forward()
+        except _Peeked:
+            return found[0]
+        finally:
+            self.peeking = None
+        raise HostError("a decoder layer did not call its attention: its rows cannot be seen before tokens are dropped")
 
 
-def _on_keys(edit: Edit, dropped: int) -> Edit:
-    """The edit with its ledger columns moved onto the keys that are still there."""
-    if dropped == 0:
-        return edit
-    from dataclasses import replace
+class _Peeked(Exception):
+    """A layer was looked at, and shall not go on."""
 
-    groups = None if edit.groups is None else edit.groups[:, dropped:]
-    bias = None if edit.bias is None else edit.bias[..., dropped:]
-    return replace(edit, groups=groups, bias=bias)
+
+def _rows(call: Call, queries: Tensor, past: Tensor | None) -> Tensor:
+    """(B, H, R, K) weights of the queries (B, R) of a call, each row with its own."""
+    key = call.key if past is None else torch.cat([past, call.key], 2)
+    if call.mask is not None:
+        mask = call.mask.expand(queries.shape[0], -1, -1, -1)
+        mask = take(mask, queries, dim=2) if mask.shape[2] > 1 else mask
+    else:
+        order = torch.arange(key.shape[2], device=key.device)
+        mask = (order <= queries[..., None] + key.shape[2] - call.queries)[:, None] if call.causal else None
+    asked = replace(call, query=take(call.query, queries, dim=2), key=key, mask=mask, causal=False)
+    return row_weights(asked, 0, queries.shape[1])
+
+
+def _on_keys(wish: Edit | Probe, width: int, keys: int) -> Edit | Probe:
+    """The wish with its ledger columns moved onto the keys that a sliding-window cache still has, the last ones."""
+    dropped = max(0, width - keys)
+    if dropped == 0 or isinstance(wish, Probe):
+        return wish
+    groups = None if wish.groups is None else wish.groups[:, dropped:]
+    bias = None if wish.bias is None else wish.bias[..., dropped:]
+    return replace(wish, groups=groups, bias=bias)
+
+
+def _on_held(wish: Edit | Probe, held: Held, width: int) -> Edit | Probe:
+    """The wish with its ledger columns moved onto the keys that are left after tokens were taken out of the cache."""
+    index = held.columns(width)
+
+    def spread_out(weights: Tensor) -> Tensor:
+        return spread(weights, index, width)
+
+    def drawn_in(x: Tensor, dim: int, keys: int) -> Tensor:
+        last = index[:, index.shape[1] - keys :]
+        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
+        return take(x.expand(index.shape[0], *x.shape[1:]), last, dim=dim)
+
+    if isinstance(wish, Probe):
+        return replace(wish, see=lambda weights, first: wish.see(spread_out(weights), first))
+    rewrite = wish.rewrite and (
+        lambda weights, first: drawn_in(wish.rewrite(spread_out(weights), first), 3, weights.shape[3])
+    )
+    groups = None if wish.groups is None else drawn_in(wish.groups, 1, index.shape[1])
+    bias = None if wish.bias is None else drawn_in(wish.bias, 3, index.shape[1])
+    return replace(wish, groups=groups, bias=bias, rewrite=rewrite)
 
 
 def switch_attention(model: nn.Module, root: nn.Module, modules: list[nn.Module], undo: ExitStack) -> dict[int, str]:

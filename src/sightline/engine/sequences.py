@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sightline.engine.cuts import Cuts
 from sightline.engine.entry import Cut, later
 from sightline.engine.tokens import Role, Tokens
 from sightline.errors import AttachError, SightlineWarning
@@ -32,16 +33,28 @@ class Sequence:
     tokens: Tokens
     states: list[dict[Any, Any]]  # per system
     owner: Attachment
+    cuts: Cuts  # what every layer sees of it
     queries: int = 0  # of the block now running
+    labels: Tensor | None = field(default=None, repr=False)  # (B, Q) of the block now running, in training
     prefill: bool = True
     step: int = -1
     prompt: Tensor | None = field(default=None, repr=False)  # (B, N) ids of the prompt, only kept without a cache
     pictures: Pictures | None = None  # of its last block with pictures
     cut: Cut | None = None  # set when its prompt was shortened before the decoder
 
+    @property
+    def labels_here(self) -> Tensor | None:
+        """(B, Q) labels of the block now running, as it is after a cut before the decoder."""
+        labels = self.labels
+        if labels is None or labels.shape[1] == self.queries:
+            return labels
+        column = self.tokens.position[:, -self.queries :].long() - (self.tokens.shape[1] - self.queries)
+        return labels.gather(1, column.clamp(0, labels.shape[1] - 1)).masked_fill(column < 0, -100)
+
     def __deepcopy__(self, memo: dict) -> Sequence:  # a copied cache continues on its own, on the same attachment
-        states = [dict(s) for s in self.states]
-        return replace(self, states=states)
+        new = replace(self, states=[dict(s) for s in self.states], cuts=self.cuts.copy())
+        memo[id(self)] = new
+        return new
 
 
 class Sequences:
@@ -69,6 +82,7 @@ class Sequences:
         start = past == 0
         sequence = self._start(given, ids, mask, cache) if start else self._continue(known, ids, mask, past)
         sequence.queries = ids.shape[1]
+        sequence.labels = given.get("labels")
         if sequence.prefill:
             self.owner.front.take(sequence)
         sequence.step += 1
@@ -98,12 +112,12 @@ class Sequences:
         old = self._uncached if uncached else None
         if old is not None and _repeats(old.prompt, ids):  # generation without cache: the prompt and what came after it
             tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts)
-            old.tokens = tokens
+            old.tokens, old.cuts = tokens, self._uncut()
             return old
         tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts)
         states = self.owner.vision_states
         self.owner.vision_states = [{} for _ in states]
-        sequence = Sequence(tokens, states, self.owner, prompt=ids if uncached else None)
+        sequence = Sequence(tokens, states, self.owner, self._uncut(), prompt=ids if uncached else None)
         self._uncached = sequence if uncached else None
         return sequence
 
@@ -120,11 +134,12 @@ class Sequences:
             none = torch.full_like(role, -1)
             place = torch.arange(past, device=ids.device, dtype=torch.int32).expand_as(role)
             tokens = Tokens(role, none.to(torch.int16), none.to(torch.int32), place)
-            known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner)
+            known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner, self._uncut())
         elif known.owner is not self.owner:  # the ledger is still true; what another attachment's systems knew is not
-            known = Sequence(known.tokens, [{} for _ in self.owner.systems], self.owner)
+            known = Sequence(known.tokens, [{} for _ in self.owner.systems], self.owner, known.cuts)
         tokens, unseen = known.tokens, past - known.tokens.shape[1]
         if unseen < 0:
+            known.cuts.crop(tokens, past)
             tokens = tokens.crop(past)
         elif unseen > 0:  # the cache went on while nothing was attached
             tokens = tokens.generated(unseen)
@@ -142,6 +157,9 @@ class Sequences:
         else:
             known.tokens = tokens.generated()
         return known
+
+    def _uncut(self) -> Cuts:
+        return Cuts([None] * self.owner.shape.layers)
 
 
 def given_cache(given: dict[str, Any]) -> Any:

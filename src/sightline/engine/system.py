@@ -1,7 +1,7 @@
 """What a system is to the engine: a configuration with methods for the stations it needs.
 
-The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> decoder layers (hidden, attention)
--> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
+The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> decoder layers (cut, hidden,
+attention) -> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
 Systems never see the host: everything they may know is on the site.
 """
 
@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sightline.engine.attention import Call, Edit, Probe
+    from sightline.engine.cuts import View
     from sightline.engine.pictures import Pictures
     from sightline.engine.select import Keep
     from sightline.engine.tokens import Tokens
 
-STATIONS = ("pixels", "vision_hidden", "vision_attention", "visual_tokens", "hidden", "attention", "cache", "logits")
+STATIONS = (
+    "pixels",
+    "vision_hidden",
+    "vision_attention",
+    "visual_tokens",
+    "cut",
+    "hidden",
+    "attention",
+    "cache",
+    "logits",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Site:
     layer: int  # of its tower; -1 outside the layers
     layers: int  # how many there are
     heads: int
-    tokens: Tokens | None  # the ledger up to and including this block; None in the vision tower
+    tokens: Tokens | None  # what this layer has seen, this block included (outside the layers: all); None in the tower
     start: int  # column of the block's first query; the block's queries are columns start..N-1
     queries: int  # Q of this block
     prefill: bool  # the block is (part of) a prompt, not a generated token
@@ -58,6 +69,10 @@ class Site:
     seen: dict[Any, Any] = field(default_factory=dict)  # the system's memory of the pictures of this encoding
     pictures: Pictures | None = None  # the encoding: in the tower the one now running, in the decoder the prompt's
     call: Call | None = None  # the attention call, at the two attention stations; to read, never to write
+    whole: Tokens | None = None  # the ledger of all tokens, also of those dropped inside the language model
+    columns: Tensor | None = None  # (B, M) column in `whole` of everything in `tokens`; -1: filler; None: the same
+    labels: Tensor | None = None  # (B, Q) wanted next tokens of the block, where the model is trained
+    cuts: View | None = None  # what was dropped at which layer, attention rows before a cut, taking out of the cache
 
 
 class System:
@@ -93,6 +108,13 @@ class System:
         A `Keep` drops tokens: the decoder never sees them.
         """
 
+    def cut(self, site: Site, hidden: Tensor) -> Keep | None:
+        """(B, Q, D) input of decoder layer `site.layer`: which tokens go on from here.
+
+        Called only for blocks with image tokens. The last real token of every row always goes on. `site.cuts.rows` shows
+        this layer's attention rows beforehand; they cost its projections.
+        """
+
     def hidden(self, site: Site, hidden: Tensor) -> Tensor | None:
         """(B, Q, D) input of decoder layer `site.layer`, before its norm."""
 
@@ -100,7 +122,10 @@ class System:
         """The self-attention call of decoder layer `site.layer`."""
 
     def cache(self, site: Site, cache: Any) -> None:
-        """The key-value cache after a forward; edit its layers' `.keys` and `.values` in place."""
+        """The key-value cache after a forward.
+
+        Edit its layers' `.keys` and `.values` in place; to shorten them, call `site.cuts.evict`.
+        """
 
     def logits(self, site: Site, logits: Tensor) -> Tensor | None:
         """(B, V) scores of the next token."""

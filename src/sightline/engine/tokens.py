@@ -129,9 +129,31 @@ class Tokens:
         none = self.role.new_full((rows, count), -1)
         role = self.role.new_full((rows, count), int(Role.GENERATED))
         grown = self._appended(role, none.to(torch.int16), none.to(torch.int32))
-        for name in ("has_image", "first_after"):  # a generated token changes neither: keep what is known, sync-free
-            if name in self.__dict__:
-                grown.__dict__[name] = self.__dict__[name]
+        self._hand_down(grown)
+        return grown
+
+    def tail(self, count: int) -> Tokens:
+        """The ledger of the last `count` positions."""
+        width = self.role.shape[1]
+        return replace(
+            self,
+            role=self.role[:, width - count :],
+            image=self.image[:, width - count :],
+            index=self.index[:, width - count :],
+            position=self.position[:, width - count :],
+        )
+
+    def append(self, tail: Tokens) -> Tokens:
+        """The ledger with `tail`, the newest positions of a longer ledger of the same rows, behind it as it is."""
+        grown = replace(
+            self,
+            role=torch.cat([self.role, tail.role], 1),
+            image=torch.cat([self.image, tail.image], 1),
+            index=torch.cat([self.index, tail.index], 1),
+            position=torch.cat([self.position, tail.position], 1),
+        )
+        if tail.role.shape[1] == 1:
+            self._hand_down(grown)
         return grown
 
     def crop(self, length: int) -> Tokens:
@@ -195,6 +217,12 @@ class Tokens:
         layout = self.layouts[row][image]
         table = torch.cat([torch.as_tensor(layout.crop)[:, None], torch.as_tensor(layout.cell)], 1)
         return table[self.index[row][self.image[row] == image].long().cpu()]
+
+    def _hand_down(self, grown: Tokens) -> None:
+        """A generated token changes neither of these: keep what is known, sync-free."""
+        for name in ("has_image", "first_after"):
+            if name in self.__dict__:
+                grown.__dict__[name] = self.__dict__[name]
 
     def _appended(self, role: Tensor, image: Tensor, index: Tensor) -> Tokens:
         start = self.position.amax() + 1  # not the width: pruning may have dropped columns

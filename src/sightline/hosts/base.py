@@ -35,6 +35,7 @@ class Host:
     decoder: str = "model.language_model"
     layers: str = "layers"  # inside the decoder
     attention: str = "self_attn"  # inside a decoder layer
+    rotary: str = "rotary_emb"  # inside the decoder: makes the rotary angles from position ids
     tower: str = "model.vision_tower"
     tower_layers: str = "encoder.layers"  # inside the tower
     tower_attention: str = "self_attn"  # inside a tower layer

@@ -19,8 +19,8 @@ LVLM = [name for name in TINY if name != "gemma3_pan_and_scan"]
 
 
 def runs(events: list[dict]) -> list[str]:
-    """Names of the stations with what repeats folded: hidden and attention of every layer are one "layers", in the tower "tower"."""
-    folded = dict.fromkeys(("hidden", "attention"), "layers") | dict.fromkeys(
+    """Names of the stations with what repeats folded: those of every layer are one "layers", in the tower "tower"."""
+    folded = dict.fromkeys(("cut", "hidden", "attention"), "layers") | dict.fromkeys(
         ("vision_hidden", "vision_attention"), "tower"
     )
     found: list[str] = []
@@ -52,8 +52,9 @@ def test_the_path_of_one_question(name, tiny):
     text = [e for e in events if e["tower"] == "text"]
     hidden = [e for e in text if e["station"] == "hidden"]
     assert [e["layer"] for e in hidden] == [0, 1, 2, 3] * 3
-    inside = [(e["station"], e["layer"]) for e in text if e["station"] in ("hidden", "attention")]
-    assert inside == [(s, i) for i in range(4) for s in ("hidden", "attention")] * 3
+    inside = [(e["station"], e["layer"]) for e in text if e["station"] in ("cut", "hidden", "attention")]
+    prompt = [(s, i) for i in range(4) for s in ("cut", "hidden", "attention")]  # only there can tokens be dropped
+    assert inside == prompt + [(s, i) for i in range(4) for s in ("hidden", "attention")] * 2
     assert [e["shape"] for e in hidden[::4]] == [(rows, n, 32), (rows, 1, 32), (rows, 1, 32)]
     assert [e["shape"] for e in text if e["station"] == "visual_tokens"] == [(rows, n, 32)]
     assert {e["shape"] for e in text if e["station"] == "logits"} == {(rows, host.model.config.text_config.vocab_size)}

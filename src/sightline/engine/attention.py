@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sightline.engine.select import columns, take
 
 CHUNK_BYTES = 8 << 20  # fp32 scores of one chunk of rows; bounds the extra memory
 
@@ -33,6 +35,7 @@ class Call:
     causal: bool  # with no mask: query i sees keys 0..i
     scale: float
     weights: bool = False  # the host's kernel returns the weights too, and they are wanted
+    only: Tensor | None = None  # (B, K) bool: the tokens that take part, as keys and as queries; None: all
 
     @property
     def queries(self) -> int:
@@ -70,6 +73,13 @@ class Probe:
     stop: int | None = None
 
 
+@dataclass(frozen=True)
+class Only:
+    """Attention among some tokens: the others are neither seen nor see, their output is zero. Costs what those few cost."""
+
+    tokens: Tensor  # (B, N) bool, by ledger columns; of the running block at least one per row should take part
+
+
 def attend(
     call: Call, plain: Callable[[], tuple[Tensor, Tensor | None]], edits: Sequence[Edit], probes: Sequence[Probe]
 ) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +104,7 @@ def attend(
         output = output.clone() if touched and output.requires_grad else output
         weights = weights.clone() if touched and weights is not None and weights.requires_grad else weights
     cheap = _only_gain if weights is not None else _only_bias_or_gain  # a bias would show in the weights
-    if touched and not probes and all(cheap(e) for e in edits):
+    if touched and not probes and call.only is None and all(cheap(e) for e in edits):
         _write(output, call, edits, touched, lambda a, b: _biased_output(call, edits, a, b))
         return output, weights
     whole = _union([*edits, *probes], queries)
@@ -122,7 +132,7 @@ def row_weights(call: Call, start: int, stop: int, bias: Tensor | None = None) -
     grouped = query.reshape(batch, heads_kv, heads // heads_kv * rows, dim)
     scores = (grouped @ call.key.transpose(-1, -2)).view(batch, heads, rows, call.keys).float() * (call.scale / power)
     scores = _masked(call, scores if bias is None else scores + bias, start, stop)
-    if bias is None and call.mask is None:
+    if bias is None and call.mask is None and call.only is None:
         return scores.softmax(-1)
     empty = scores.amax(-1, keepdim=True) == -torch.inf
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
@@ -290,8 +300,60 @@ def _put(output: Tensor, new: Tensor, edits: Sequence[Edit], a: int, b: int, que
     output[:, a:b] = new if every else torch.where(covered[:, :, None, None], new, output[:, a:b])
 
 
+def rows_of(call: Call, queries: Tensor, past: Tensor | None = None) -> Tensor:
+    """Weights of chosen queries, other ones in every row of the batch: (B, H, R, P + K) fp32.
+
+    Args:
+        queries: (B, R) which queries of the call; -1: none, its row is zero.
+        past: (B, Hkv, P, D) keys in front of the call's own.
+    """
+    key = call.key if past is None else torch.cat([past, call.key], 2)
+    mask = visible(call, queries, key.shape[2])[:, None]
+    asked = replace(call, query=take(call.query, queries, dim=2), key=key, mask=mask, only=None)
+    return row_weights(asked, 0, queries.shape[1])
+
+
+def visible(call: Call, queries: Tensor, keys: int | None = None) -> Tensor:
+    """(B, R, keys) bool: which keys the queries (B, R) of a call may see, as all its heads do; none for a query -1."""
+    keys = call.keys if keys is None else keys
+    if call.mask is None:
+        order = torch.arange(keys, device=queries.device)
+        last = queries + keys - call.queries if call.causal else torch.full_like(queries, keys)
+        return (order <= last[..., None]) & (queries >= 0)[..., None]
+    mask = call.mask[:, 0, :, :keys].expand(queries.shape[0], -1, -1)
+    mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return take(mask, queries) if mask.shape[1] > 1 else mask & (queries >= 0)[..., None]
+
+
+def among(call: Call) -> Tensor:
+    """The output (B, Q, H, Dv) of attention among `call.only`: gathered, one run of the fast kernel, put back."""
+    queries, keys = columns(call.only[:, call.keys - call.queries :]), columns(call.only)  # (B, p), (B, k)
+    whole = call.mask is None and queries.shape == keys.shape and call.causal and not bool((keys < 0).any())
+    mask = None if whole else _see_themselves(take(visible(call, queries), keys, dim=2), queries)[:, None]
+    output = F.scaled_dot_product_attention(
+        take(call.query, queries, dim=2),
+        take(call.key, keys, dim=2),
+        take(call.value, keys, dim=2),
+        attn_mask=mask,
+        is_causal=whole,
+        scale=call.scale,
+        enable_gqa=call.key.shape[1] != call.query.shape[1],
+    )  # (B, H, p, Dv)
+    index = torch.where(queries < 0, call.queries, queries)[:, None, :, None].expand_as(output)
+    full = output.new_zeros(*output.shape[:2], call.queries + 1, output.shape[3]).scatter(2, index, output)
+    return full[:, :, : call.queries].transpose(1, 2).contiguous()
+
+
+def _see_themselves(mask: Tensor, queries: Tensor) -> Tensor:
+    """Let fillers (-1) see some key, for kernels that answer a row without keys with NaN; their output is not used."""
+    return mask | (queries < 0)[..., None]
+
+
 def _masked(call: Call, scores: Tensor, start: int, stop: int) -> Tensor:
     """Scores (..., R, K) of queries [start, stop), -inf where they may not look (additive masks are added)."""
+    if call.only is not None:
+        own = call.only[:, None, call.keys - call.queries + start : call.keys - call.queries + stop, None]
+        scores = scores.masked_fill(~(own & call.only[:, None, None]), -torch.inf)
     if call.mask is not None:
         mask = call.mask[:, :, start:stop, : call.keys] if call.mask.shape[2] > 1 else call.mask[..., : call.keys]
         if mask.dtype == torch.bool:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.engine.depth import Depth, Held, chosen, cut, mask_of, placed, places_of, spread
+from sightline.engine.mixed import mixed
 from sightline.engine.select import Keep, columns, take
 from sightline.engine.tokens import Role, Tokens
 from sightline.errors import HostError, InputError
@@ -96,6 +97,21 @@ class View:
         """
         self._cutter.evict(layer, keep, shift)
 
+    def loose(self, layer: int) -> int | None:
+        """In the station `cache`: how many of a layer's tokens are not compressed; None: it cannot be (a window)."""
+        stored = self._cutter.cache.layers[layer]
+        return None if getattr(stored, "is_sliding", False) else stored.keys.shape[-2]
+
+    def compress(self, layer: int, high: Tensor, bits: tuple[int, int]) -> None:
+        """In the station `cache`: hold the tokens that are not compressed yet in fewer bits.
+
+        Args:
+            layer: of the decoder; one with a sliding window is refused.
+            high: (B, M) bool over the layer's ledger `tokens(layer)`: the important ones.
+            bits: of important and of other tokens: 2, 4, 8 or 16.
+        """
+        self._cutter.compress(layer, high, bits)
+
 
 class Cutter:
     """The engine of cuts on one model."""
@@ -139,6 +155,9 @@ class Cutter:
         self._angles, self._made, self._wide, self._image_block = [], {}, False, None
         if self.owner.sequences.current is not None:
             self.cuts.follow(self.whole)
+            for layer, held in self.cuts.held.items():
+                order = self.cache.layers[layer].__dict__.pop("order", None)
+                self.cuts.held[layer] = held if order is None else held.rows(order)
         self.cache = _cache_of(kwargs)
 
     def _keep_angles(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -221,7 +240,7 @@ class Cutter:
         """See `View.evict`."""
         _refuse_static(self.cache)
         stored = self.cache.layers[layer]
-        if hasattr(stored, "_quantized_keys"):
+        if hasattr(stored, "_quantized_keys") or hasattr(stored, "blocks"):
             raise HostError("tokens cannot be taken out of a quantised cache: use the default (dynamic) cache")
         depth = self.cuts.depths[layer] or Depth.of(self.whole)
         width = depth.tokens.shape[1]
@@ -237,6 +256,20 @@ class Cutter:
         stored.keys, stored.values = take(stored.keys, index, dim=2), take(stored.values, index, dim=2)
         self.cuts.held[layer] = Held(take(now, index, fill=-1), width, most != least)
         self.cuts.depths[layer] = depth if shift is None else replace(depth, shift=shift)
+
+    def compress(self, layer: int, high: Tensor, bits: tuple[int, int]) -> None:
+        """See `View.compress`."""
+        _refuse_static(self.cache)
+        stored = self.cache.layers[layer]
+        if not hasattr(stored, "blocks"):
+            if getattr(stored, "is_sliding", False) or hasattr(stored, "_quantized_keys"):
+                raise HostError(f"the cache of layer {layer} ({type(stored).__name__}) cannot be compressed")
+            stored = self.cache.layers[layer] = mixed(stored)
+        tokens, held = self.tokens(layer), self.cuts.held.get(layer)
+        width, loose = tokens.shape[1], stored.keys.shape[-2]
+        now = torch.arange(width, device=high.device).expand(high.shape[0], -1) if held is None else held.columns(width)
+        now = now[:, now.shape[1] - loose :]
+        stored.compress(take(high, now), bits, take(tokens.role != int(Role.PAD), now))
 
     def settle(self, cache: Any) -> None:
         """The forward is over: let the caches of cut layers report what the whole sequence is long."""
@@ -333,16 +366,21 @@ def _refuse_static(cache: Any) -> None:
 def _past(cache: Any, layer: int) -> Tensor | None:
     """The keys a layer has already cached."""
     stored = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
-    return None if stored is None or not stored.is_initialized else stored.keys
+    if stored is None or not stored.is_initialized:
+        return None
+    return stored.all()[0] if hasattr(stored, "blocks") else stored.keys
 
 
 def _report(stored: Any, length: int) -> None:
-    """Let a layer's cache say that it holds `length` tokens."""
-    if isinstance(getattr(stored, "cumulative_length", None), int):
+    """Let a layer's cache say that it holds `length` tokens, and write down how its rows are reordered."""
+    if hasattr(stored, "blocks"):
         stored.cumulative_length = length
     elif stored.is_initialized:
         stored.__class__ = _reporting(type(stored))
-        stored.missing = length - stored.keys.shape[-2]
+        if isinstance(getattr(stored, "cumulative_length", None), int):
+            stored.cumulative_length = length
+        else:
+            stored.missing = length - stored.keys.shape[-2]
 
 
 @lru_cache
@@ -354,4 +392,10 @@ def _reporting(cls: type) -> type:
     def get_seq_length(self: Any) -> int:
         return cls.get_seq_length(self) + self.missing
 
-    return type(cls.__name__, (cls,), {"get_seq_length": get_seq_length, "missing": 0, "_layer_type": None})
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        cls.reorder_cache(self, beam_idx)
+        known = self.__dict__.get("order")
+        self.order = beam_idx if known is None else known[beam_idx]
+
+    members = {"get_seq_length": get_seq_length, "reorder_cache": reorder_cache, "missing": 0, "_layer_type": None}
+    return type(cls.__name__, (cls,), members)

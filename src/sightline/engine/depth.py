@@ -66,6 +66,10 @@ class Held:
     upto: int  # later columns are all there
     filled: bool  # whether there is filler
 
+    def rows(self, order: Tensor) -> Held:
+        """For a cache whose rows were put into another order."""
+        return replace(self, index=self.index[order])
+
     def columns(self, width: int) -> Tensor:
         """(B, K') the columns held now that the ledger has `width` of them."""
         new = torch.arange(self.upto, width, device=self.index.device).expand(self.index.shape[0], -1)

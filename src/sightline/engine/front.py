@@ -122,6 +122,7 @@ class Front:
             pictures.alive.append(pictures.alive[-1])
         now = [hidden]
         for keep in self.owner.each("vision_hidden", "vision", layer, lambda: now[0]):
+            now[0] = now[0] if keep.states is None else keep.states
             index = columns(keep.mask)
             if bool((index < 0).any()):
                 raise HostError("rows of the vision tower must keep the same number of tokens")

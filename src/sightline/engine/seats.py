@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sightline.engine.attention import Call, Edit, Probe, attend, row_weights
+from sightline.engine.attention import Call, Edit, Only, Probe, among, attend, rows_of
 from sightline.engine.depth import Held, spread
 from sightline.engine.select import take
 from sightline.errors import HostError
@@ -69,8 +69,11 @@ class Seat:
             width = (whole if depth is None else depth.tokens).shape[1]
             held = cuts.held.get(self.layer)
             wishes = [_on_keys(w, width, call.keys) if held is None else _on_held(w, held, width) for w in wishes]
-        edits = [w for w in wishes if isinstance(w, Edit)]
-        return attend(call, plain, edits, [w for w in wishes if isinstance(w, Probe)])
+        for wish in wishes:
+            if isinstance(wish, Only):
+                call = replace(call, only=wish.tokens if call.only is None else wish.tokens & call.only)
+        edits, probes = ([w for w in wishes if isinstance(w, kind)] for kind in (Edit, Probe))
+        return attend(call, plain if call.only is None else lambda: (among(call), None), edits, probes)
 
     def peek(self, forward: Callable[[], Any], queries: Tensor, past: Tensor | None) -> Tensor:
         """Attention rows of a layer that goes no further.
@@ -86,7 +89,7 @@ class Seat:
         found: list[Tensor] = []
 
         def see(call: Call) -> None:
-            found.append(_rows(call, queries, past))
+            found.append(rows_of(call, queries, past))
             raise _Peeked
 
         self.peeking = see
@@ -104,30 +107,22 @@ class _Peeked(Exception):
     """A layer was looked at, and shall not go on."""
 
 
-def _rows(call: Call, queries: Tensor, past: Tensor | None) -> Tensor:
-    """(B, H, R, K) weights of the queries (B, R) of a call, each row with its own."""
-    key = call.key if past is None else torch.cat([past, call.key], 2)
-    if call.mask is not None:
-        mask = call.mask.expand(queries.shape[0], -1, -1, -1)
-        mask = take(mask, queries, dim=2) if mask.shape[2] > 1 else mask
-    else:
-        order = torch.arange(key.shape[2], device=key.device)
-        mask = (order <= queries[..., None] + key.shape[2] - call.queries)[:, None] if call.causal else None
-    asked = replace(call, query=take(call.query, queries, dim=2), key=key, mask=mask, causal=False)
-    return row_weights(asked, 0, queries.shape[1])
+Wish = Edit | Only | Probe
 
 
-def _on_keys(wish: Edit | Probe, width: int, keys: int) -> Edit | Probe:
+def _on_keys(wish: Wish, width: int, keys: int) -> Wish:
     """The wish with its ledger columns moved onto the keys that a sliding-window cache still has, the last ones."""
     dropped = max(0, width - keys)
     if dropped == 0 or isinstance(wish, Probe):
         return wish
+    if isinstance(wish, Only):
+        return Only(wish.tokens[:, dropped:])
     groups = None if wish.groups is None else wish.groups[:, dropped:]
     bias = None if wish.bias is None else wish.bias[..., dropped:]
     return replace(wish, groups=groups, bias=bias)
 
 
-def _on_held(wish: Edit | Probe, held: Held, width: int) -> Edit | Probe:
+def _on_held(wish: Wish, held: Held, width: int) -> Wish:
     """The wish with its ledger columns moved onto the keys that are left after tokens were taken out of the cache."""
     index = held.columns(width)
 
@@ -139,6 +134,8 @@ def _on_held(wish: Edit | Probe, held: Held, width: int) -> Edit | Probe:
         x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
         return take(x.expand(index.shape[0], *x.shape[1:]), last, dim=dim)
 
+    if isinstance(wish, Only):
+        return Only(drawn_in(wish.tokens, 1, index.shape[1]))
     if isinstance(wish, Probe):
         return replace(wish, see=lambda weights, first: wish.see(spread_out(weights), first))
     rewrite = wish.rewrite and (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sightline.engine.attention import Call, Edit, Probe
+    from sightline.engine.attention import Call, Edit, Only, Probe
     from sightline.engine.cuts import View
     from sightline.engine.pictures import Pictures
     from sightline.engine.select import Keep
@@ -118,8 +118,8 @@ class System:
     def hidden(self, site: Site, hidden: Tensor) -> Tensor | None:
         """(B, Q, D) input of decoder layer `site.layer`, before its norm."""
 
-    def attention(self, site: Site) -> Edit | Probe | None:
-        """The self-attention call of decoder layer `site.layer`."""
+    def attention(self, site: Site) -> Edit | Probe | Only | None:
+        """The self-attention call of decoder layer `site.layer`; also a list of wishes."""
 
     def cache(self, site: Site, cache: Any) -> None:
         """The key-value cache after a forward.

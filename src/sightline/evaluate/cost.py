@@ -117,8 +117,7 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
             hooks.callback(layer.register_forward_pre_hook(_keep_length(tokens), with_kwargs=True).remove)
         with torch.inference_mode(), FlopCounterMode(display=False) as mode:
             cache = made_cache(lvlm.model(**inputs, use_cache=True, logits_to_keep=1))
-    kept = [layer.keys.shape[-2] for layer in cache.layers]
-    stored = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    kept, stored = [_held(layer) for layer in cache.layers], sum(_stored(layer) for layer in cache.layers)
     decoder = Decoder.of(lvlm.model.config)
     with attach(lvlm.model, *systems, host=lvlm.host):
         peak = peak_bytes(lvlm.model, lambda: _generate(lvlm, inputs, new_tokens))
@@ -131,6 +130,18 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
         "kv_formula_mib": decoder.kv_bytes(kept, cache.layers[0].keys.element_size()) / MIB,
         "peak_mib": peak / MIB,
     }
+
+
+def _held(layer: Any) -> int:
+    """Tokens in a layer's cache, compressed ones too."""
+    return layer.keys.shape[-2] + sum(block.high.shape[1] for block in getattr(layer, "blocks", ()))
+
+
+def _stored(layer: Any) -> int:
+    """Bytes of a layer's cache."""
+    if hasattr(layer, "nbytes"):  # compressed
+        return layer.nbytes
+    return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
 
 
 def _keep_length(tokens: list[int]) -> Any:

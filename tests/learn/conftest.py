@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sightline.learn import build, language
+from sightline.learn import build, phrasing
+from sightline.learn.data import scene_of
 from sightline.learn.recipe import TOY
 
 
@@ -20,7 +21,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def toy_processor():
-    documents = (language.text_of(language.document(k, TOY, "tokenizer")) for k in range(20))
+    documents = (phrasing.document(*scene_of("tokenizer", k, TOY.seed, 56)) for k in range(20))
     text = build.tokenizer(documents, TOY.shape.vocabulary)
     return build.processor(text, TOY.shape)
 

@@ -24,7 +24,7 @@ def changed(module, before):
 def test_a_stage_changes_only_what_it_trains(toy, toy_processor, tmp_path, stage, parts):
     before = state(toy.model)
     plan = Plan(3, 2, 1e-2, warmup=1)
-    trainer = instruct.train(toy, toy_processor, lambda k: instruct.world_sample(k, TOY, toy_processor, stage), stage,
+    trainer = instruct.train(toy, toy_processor, lambda k: instruct.world_sample(k, TOY, toy_processor), stage,
                              plan, tmp_path, precision=None)  # fmt: skip
     assert trainer.step == 3
     assert {name.split(".")[0] for name in changed(toy.model, before)} == parts
@@ -36,7 +36,7 @@ def batch_of(samples, processor):
 
 
 def test_loss_is_that_of_the_models_own_forward(toy, toy_processor):
-    sample = instruct.world_sample(3, TOY, toy_processor, 2)
+    sample = instruct.world_sample(3, TOY, toy_processor)
     batch = batch_of([sample], toy_processor)
     with torch.no_grad():
         mine, _ = instruct.loss_of(batch, toy)
@@ -47,7 +47,7 @@ def test_loss_is_that_of_the_models_own_forward(toy, toy_processor):
 
 
 def test_loss_does_not_depend_on_padding_or_batch_mates(toy, toy_processor):
-    samples = [instruct.world_sample(k, TOY, toy_processor, 2) for k in range(3)]
+    samples = [instruct.world_sample(k, TOY, toy_processor) for k in range(3)]
     weights = torch.tensor([sum(label != -100 for label in s.labels) for s in samples], dtype=torch.float)
     with torch.no_grad():
         alone = torch.stack([instruct.loss_of(batch_of([s], toy_processor), toy)[0] for s in samples])

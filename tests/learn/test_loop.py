@@ -14,10 +14,11 @@ from sightline.learn.recipe import TOY, Plan, Recipe
 PLAN = Plan(12, 4, 1e-2, warmup=3)
 
 
-def job(folder, width=3, **more):
+def job(folder, width=3, muon=0.0, **more):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(width, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 1))
-    return net, loop.Trainer("job", loop.named("", net), PLAN, folder, save_every=2, **more)
+    plan = replace(PLAN, muon=muon)
+    return net, loop.Trainer("job", loop.named("", net), plan, folder, save_every=2, **more)
 
 
 def batches(first):
@@ -38,14 +39,15 @@ def run(net, trainer, die_at=None):
     trainer.run(batches, loss_of)
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_by_bit(tmp_path):
-    whole, trainer = job(tmp_path / "whole")
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_a_killed_run_resumes_to_the_same_weights_bit_by_bit(tmp_path, muon):
+    whole, trainer = job(tmp_path / "whole", muon=muon)
     run(whole, trainer)
-    broken, first = job(tmp_path / "parts")
+    broken, first = job(tmp_path / "parts", muon=muon)
     with pytest.raises(KilledError):
         run(broken, first, die_at=7)
     torch.manual_seed(99)
-    resumed, second = job(tmp_path / "parts")
+    resumed, second = job(tmp_path / "parts", muon=muon)
     assert second.step == 6
     run(resumed, second)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -83,8 +85,22 @@ def test_rate_warms_up_then_falls_to_the_floor():
 
 def test_weight_decay_spares_vectors(tmp_path):
     _, trainer = job(tmp_path)
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.optimizers[0].param_groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_muon_takes_the_matrices_of_layers_and_nothing_else():
+    names = {"decoder.embed_tokens.weight": (7, 4), "decoder.layers.0.q.weight": (4, 4), "decoder.norm.weight": (4,),
+             "projector.linear_1.weight": (4, 4)}  # fmt: skip
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in names.items()}
+    adam, muon = loop.optimizers(parameters, replace(PLAN, muon=0.02, slow=0.3))
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(parameters["decoder.layers.0.q.weight"])]
+    peaks = {id(p): g["peak"] for g in adam.param_groups for p in g["params"]}
+    assert peaks[id(parameters["decoder.norm.weight"])] == PLAN.lr
+    assert peaks[id(parameters["projector.linear_1.weight"])] == pytest.approx(0.3 * PLAN.lr)
+    assert peaks[id(parameters["decoder.embed_tokens.weight"])] == pytest.approx(0.3 * PLAN.lr)
+    (only,) = loop.optimizers(parameters, PLAN)
+    assert isinstance(only, torch.optim.AdamW)
 
 
 def test_precision_names():

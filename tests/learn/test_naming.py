@@ -18,26 +18,43 @@ def test_words_are_those_of_running_text(toy_processor):
 
 
 def test_loss_is_zero_where_every_patch_is_named(toy, toy_processor):
-    vocabulary = {key: naming.words(names, toy_processor.tokenizer) for key, names in
-                  (("kinds", naming.KINDS), ("colours", naming.COLOURS), ("places", naming.CONTEXTS))}  # fmt: skip
+    known = naming.vocabulary(toy_processor.tokenizer)
     batch = naming.collate([naming.sample(k, TOY) for k in range(2)])
     table = toy.get_input_embeddings().weight
-    means = {key: naming.meaning(ids, table) for key, ids in vocabulary.items()}
+    word = {key: naming.meaning(ids, table) for key, ids in known.items()}
+    about, where, marked = build.rotations(32)
+    left, right, top, bottom = word["sides"]
     seen = torch.zeros(2, 16, 32)
     for b, n in np.ndindex(2, 16):
         y, x = divmod(n, 4)
-        kind, colour = int(batch["kind"][b, y, x]), int(batch["colour"][b, y, x])
-        if kind:
-            seen[b, n] = means["kinds"][kind - 1] + means["colours"][colour]
-        else:
-            seen[b, n] = means["places"][batch["context"][b]]
+        kind, colour, mark = (int(batch[key][b, y, x]) for key in ("kind", "colour", "mark"))
+        said = word["kinds"][kind - 1] + word["colours"][colour] if kind else word["places"][batch["context"][b]]
+        spot = ((x + 0.5) / 4 - 0.5) * (right - left) + ((y + 0.5) / 4 - 0.5) * (bottom - top)
+        seen[b, n] = word["picture"][0] + said @ about + spot @ where
+        if mark:
+            seen[b, n] += 2 * word["colours"][mark - 1] @ marked
+    assert (batch["mark"] > 0).any()
     perfect = SimpleNamespace(
         get_input_embeddings=toy.get_input_embeddings,
         get_image_features=lambda pixel_values: SimpleNamespace(pooler_output=list(seen)),
     )
     with torch.no_grad():
-        assert naming.loss_of(batch, perfect, vocabulary)[0] == 0
-        assert naming.loss_of(batch, toy, vocabulary)[0] > 0.5
+        assert naming.loss_of(batch, perfect, known)[0] < 1e-10
+        assert naming.loss_of(batch, toy, known)[0] > 0.5
+        assert naming.loss_of(batch, perfect, known)[1]["kind"] > 0.3  # 32 dimensions keep 29 words apart only so well
+
+
+def test_a_fresh_decoder_looks_at_the_patches_that_a_word_names(toy, toy_processor):
+    """Before any training: the product of a word's query and a patch's key, against other words' patches and the word."""
+    table = toy.get_input_embeddings().weight.detach()
+    words = naming.meaning(naming.vocabulary(toy_processor.tokenizer)["kinds"], table) * 10  # about unit size
+    layer = toy.model.language_model.layers[0].self_attn
+    patches = words @ build.rotations(32)[0]
+    query, key, own = (f(x)[:, :16] for f, x in
+                       ((layer.q_proj, words), (layer.k_proj, patches), (layer.k_proj, words)))  # fmt: skip
+    named = (query * key).sum(-1).mean()
+    assert named > 4 * (query @ key.T).mean().abs()
+    assert named > 4 * (query * own).sum(-1).mean().abs()
 
 
 def test_only_the_projector_learns(toy, toy_processor, tmp_path):

@@ -46,7 +46,7 @@ def test_a_finished_run_is_only_read(finished):
 
 def test_stages_trained_one_by_one_make_the_same_model(finished, tmp_path):
     _, model = finished
-    for stage in ("language", "tower", "name", "align", "instruct"):
+    for stage in STAGES:
         last = tiny_llava.run(TOY, tmp_path, device=CPU, precision="fp32", only=stage)
     for a, b in zip(model.parameters(), last.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -20,6 +20,8 @@ from transformers import (
 
 from sightline.learn.recipe import Shape
 
+THETA = 1e6  # of the rotary positions: more of a head's dimensions can compare contents over a few hundred tokens
+WORDS = 0.1  # standard deviation of fresh word embeddings
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -101,6 +103,7 @@ def config(shape: Shape, text: PreTrainedTokenizerFast) -> LlavaConfig:
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
     return LlavaConfig(
         vision_config=tower,
@@ -149,6 +152,32 @@ def contrast(value: nn.Linear, output: nn.Linear, generator: torch.Generator) ->
     output.weight.copy_(u * s.sqrt())
 
 
+def rotations(width: int) -> list[torch.Tensor]:
+    """Three fixed rotations (D, D) of the word space: visual tokens speak of kinds, of places and of marks in these.
+
+    In a rotated copy a word and the patches it names have different keys, so that a word can look for its patches
+    without finding itself.
+    """
+    generator = torch.Generator().manual_seed(5)
+    return [torch.linalg.qr(torch.randn(width, width, generator=generator))[0] for _ in range(3)]
+
+
+def read(query: nn.Linear, key: nn.Linear, heads: int, generator: torch.Generator) -> None:
+    """Start half of a decoder layer's heads as readers, in place: a word looks at the patches named by it.
+
+    q = R x and k = R M x with a random R (mimetic, as above) and M the first of `rotations`, in those rotary dimensions
+    that turn by less than half a round in a picture.
+    """
+    width, size = query.in_features, query.out_features // heads
+    speed = THETA ** (-torch.arange(size // 2) / (size // 2))  # radians per position, of each pair of dimensions
+    slow = (speed < 0.01).repeat(2)[:, None]
+    kinds = rotations(width)[0]
+    for head in range(heads // 2):
+        content = torch.randn(size, width, generator=generator) * (0.5 / size) ** 0.5 * slow
+        rows = slice(head * size, (head + 1) * size)
+        query.weight[rows], key.weight[rows] = content, content @ kinds
+
+
 def model(shape: Shape, text: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
     """A randomly initialised model, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
@@ -161,6 +190,10 @@ def model(shape: Shape, text: PreTrainedTokenizerFast, seed: int) -> LlavaForCon
         for layer in made.model.vision_tower.encoder.layers:
             match(layer.self_attn.q_proj, layer.self_attn.k_proj, shape.vision_heads, generator)
             contrast(layer.self_attn.v_proj, layer.self_attn.out_proj, generator)
+        made.get_input_embeddings().weight.normal_(std=WORDS, generator=generator)
+        for layer in made.model.language_model.layers:
+            read(layer.self_attn.q_proj, layer.self_attn.k_proj, shape.heads, generator)
+        made.model.multi_modal_projector.linear_2.weight.mul_(0.02)  # a tower's features are large: start small
     made.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False,
         max_new_tokens=160,

@@ -41,14 +41,14 @@ def tiny_llava(
     scale: Annotated[float, typer.Option(help="Multiply every stage's steps by this.")] = 1.0,
     minutes: Annotated[float | None, typer.Option(help="Train for this long at most, learning rates included.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the instruction stage, instead of the recipe's.")] = None,
-    only: Annotated[str | None, typer.Option(help="Only this stage: tower, language, name, align or instruct.")] = None,
+    only: Annotated[str | None, typer.Option(help="Stop after this stage: tower, name, read or instruct.")] = None,
     seed: int = 0,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = 0,
     pictures: Annotated[int, typer.Option(help="Held-out scenes for the final evaluation; 0 skips it.")] = 360,
 ) -> None:
-    """Train a tiny LLaVA on generated scenes: tower, language, alignment, instruction tuning, evaluation."""
+    """Train a tiny LLaVA on generated scenes: tower, naming, reading, instruction tuning, evaluation."""
     from dataclasses import replace
 
     from sightline.errors import ParameterError, UnknownNameError, nearest

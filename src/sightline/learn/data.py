@@ -14,7 +14,7 @@ from sightline.learn.recipe import Plan
 
 STREAMS = {
     "tower": 0,
-    "language": 1 << 24,
+    "read": 1 << 24,
     "align": 2 << 24,
     "instruct": 3 << 24,
     "tokenizer": 4 << 24,

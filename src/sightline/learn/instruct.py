@@ -70,17 +70,17 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, make:
     return trainer
 
 
-def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor, stage: int) -> Sample:
-    """A picture of the world: with a caption (stage 1, and a quarter of stage 2), or with questions and answers."""
-    scene, rng = scene_of(NAMES[stage], index, recipe.seed, recipe.shape.image)
-    if stage == 1 or rng.random() < 0.25:
+def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:
+    """A picture of the world: a quarter with a caption (a short one leads on to questions), the others with questions."""
+    scene, rng = scene_of("instruct", index, recipe.seed, recipe.shape.image)
+    if rng.random() < 0.25:
         style = "detailed" if rng.random() < 0.75 else "short"
         turns = [(describe(rng, style), scenes.caption(scene, rng, style))]
-        if stage == 2 and style == "short":
+        if style == "short":
             turns += [(rephrase(q, rng), q.answer) for q in scenes.questions(scene, rng, recipe.turns // 2)]
     else:
         turns = [(rephrase(q, rng), q.answer) for q in scenes.questions(scene, rng, recipe.turns)]
-    ids, labels = conversation.encode(turns, processor, recipe.shape.grid**2, stage=stage)
+    ids, labels = conversation.encode(turns, processor, recipe.shape.grid**2, stage=2)
     return Sample(ids, labels, np.asarray(scene.image))
 
 

@@ -1,4 +1,4 @@
-"""The training loop of every stage: AdamW, warm-up and cosine, bf16 autocast, progress, checkpoints, exact resume."""
+"""The training loop of every stage: AdamW and Muon, warm-up and cosine, bf16 autocast, progress, checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from sightline.learn.recipe import Plan
 
 FLOOR = 0.1  # final learning rate as a fraction of the peak
 PRECISIONS = ("auto", "bf16", "fp32")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what the optimisers remember of a parameter
 
 
 def precision_of(name: str, device: torch.device) -> torch.dtype | None:
@@ -37,6 +38,28 @@ def rate(plan: Plan, step: int, progress: float) -> float:
     """Learning rate of a step: linear warm-up over `plan.warmup` steps, then cosine in `progress` down to FLOOR."""
     warm = min(1.0, (step + 1) / plan.warmup) if plan.warmup else 1.0
     return plan.lr * warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def optimizers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.optim.Optimizer]:
+    """AdamW, and with `plan.muon` Muon (Jordan et al., 2024) for the matrices of layers; each group knows its "peak" rate.
+
+    Word embeddings and projector follow `plan.slow`; vectors and embeddings do not decay.
+    """
+    slow = {name for name in parameters if "embed_tokens" in name or name.startswith("projector.")}
+    matrices = {name for name, p in parameters.items() if p.ndim > 1 and "embed_tokens" not in name}
+    layers = {name for name in matrices - slow if parameters[name].ndim == 2} if plan.muon else set()
+    groups = []
+    for late, decays in ((False, True), (False, False), (True, True), (True, False)):
+        names = [n for n in parameters if n not in layers and (n in slow) == late and (n in matrices) == decays]
+        if names:
+            peak = plan.lr * (plan.slow if late else 1.0)
+            decay = plan.weight_decay if decays else 0.0
+            groups.append({"params": [parameters[n] for n in names], "weight_decay": decay, "peak": peak})
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95))] if groups else []
+    if layers:
+        group = {"params": [parameters[n] for n in parameters if n in layers], "peak": plan.muon}
+        made.append(torch.optim.Muon([group], lr=plan.muon, weight_decay=plan.weight_decay, momentum=0.95))
+    return made
 
 
 class Trainer:
@@ -55,10 +78,7 @@ class Trainer:
         self.state, self.after = state or {}, after
         self.dtype, self.minutes, self.save_every = precision, minutes, save_every
         self.step, self.seconds, self.curve, self.done = 0, 0.0, [], False
-        matrices = [p for p in parameters.values() if p.ndim > 1]
-        others = [p for p in parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.lr, betas=(0.9, 0.95))
+        self.optimizers = optimizers(parameters, plan)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._load()
 
@@ -97,15 +117,17 @@ class Trainer:
 
     def _update(self, batch: Any, loss_of: Callable, device: torch.device) -> dict:
         self._lr = rate(self.plan, self.step, self.progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr / self.plan.lr * group["peak"]
         cast = torch.autocast(device.type, self.dtype) if self.dtype else nullcontext()
         with cast:
             loss, metrics = loss_of(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.after is not None:
             self.after()
         return {"loss": round(float(loss.detach()), 5), **{k: round(float(v), 5) for k, v in metrics.items()}}
@@ -115,8 +137,9 @@ class Trainer:
         tensors = {"rng": torch.get_rng_state()}
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach().contiguous()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().contiguous()
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().contiguous()
         for name, tensor in self.state.items():
             tensors[f"state.{name}"] = tensor.detach().clone().contiguous()
         facts = {"step": self.step, "seconds": self.seconds, "done": self.done, "curve": self.curve}
@@ -139,10 +162,10 @@ class Trainer:
                     )
                 with torch.no_grad():
                     parameter.copy_(stored.get_tensor(f"parameter.{name}"))
-                moments = {k: stored.get_tensor(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")
-                           if f"{k}.{name}" in names}  # fmt: skip
+                moments = {k: stored.get_tensor(f"{k}.{name}") for k in MOMENTS if f"{k}.{name}" in names}
                 if moments:
-                    self.optimizer.state[parameter] = {
+                    owner = self.optimizers[-1] if "momentum_buffer" in moments else self.optimizers[0]
+                    owner.state[parameter] = {
                         k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
                     }
             for name, tensor in self.state.items():

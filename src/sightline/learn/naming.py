@@ -1,7 +1,13 @@
-"""Stage 0c: the projector learns to name what the tower sees, patch by patch, before any sentence.
+"""Stage 0b: the projector learns to name what the tower sees, patch by patch, before any sentence.
 
-A patch of a red dog is sent near the sum of the word embeddings of "dog" and "red", background near the word of the
-place. No decoder runs, so it costs next to nothing, and stage 1 starts with visual tokens the decoder can half read.
+Stage 1 of LLaVA's recipe aligns the projector on a large set of captions; here the exact masks of the world stand in
+for it. With E[word] the word embeddings and M, M', M'' the rotations of `build.rotations`, a patch is sent near
+
+    E[<image>] + M (E[kind] + E[colour])      on an object;   E[<image>] + M E[place] on background
+  + M' ((x - 1/2) (E[right] - E[left]) + (y - 1/2) (E[bottom] - E[top]))      x, y in (0, 1): where the patch is
+  + M'' 2 E[colour of the mark]                                               where an object has its mark
+
+No decoder runs, so it costs next to nothing, and the decoder then starts with visual tokens it can half read.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from sightline.learn import build
 from sightline.learn.data import scene_of, stream
 from sightline.learn.instruct import freeze
 from sightline.learn.loop import Trainer
@@ -36,23 +43,47 @@ def sample(index: int, recipe: Recipe) -> dict[str, np.ndarray]:
     return {"pixels": np.asarray(scene.image), **labels_of(scene, recipe.shape.patch)}
 
 
+SIDES = ["left", "right", "top", "bottom"]
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[list[int]]]:
+    """Tokens of the words that patches are sent to."""
+    lists = {"kinds": KINDS, "colours": COLOURS, "places": CONTEXTS, "sides": SIDES}
+    known = {key: words(names, tokenizer) for key, names in lists.items()}
+    return {**known, "picture": [[tokenizer.convert_tokens_to_ids(build.IMAGE)]]}
+
+
+def targets(batch: dict[str, torch.Tensor], table: torch.Tensor, known: dict[str, list[list[int]]]) -> torch.Tensor:
+    """(B, N, D) where each patch should go; `table` (V, D) are the word embeddings, labels (B, G, G) as in `tower`."""
+    kinds, colours, places, sides, picture = (
+        meaning(known[key], table) for key in ("kinds", "colours", "places", "sides", "picture")
+    )
+    about, where, marked = (turn.to(table) for turn in build.rotations(table.shape[1]))
+    kind, colour, mark = (batch[key].flatten(1) for key in ("kind", "colour", "mark"))  # (B, N)
+    thing = kinds[(kind - 1).clamp(min=0)] + colours[colour.clamp(min=0)]
+    content = torch.where((kind > 0)[..., None], thing, places[batch["context"]][:, None])
+    grid = batch["kind"].shape[1]
+    along = ((torch.arange(grid, device=table.device) + 0.5) / grid).to(table)
+    x, y = along.repeat(grid)[:, None], along.repeat_interleave(grid)[:, None]  # (N, 1)
+    spot = (x - 0.5) * (sides[1] - sides[0]) + (y - 0.5) * (sides[3] - sides[2])
+    dot = 2 * colours[(mark - 1).clamp(min=0)] * (mark > 0)[..., None]
+    return picture + content @ about + spot @ where + dot @ marked
+
+
 def loss_of(batch: dict[str, torch.Tensor], model: LlavaForConditionalGeneration,
-            vocabulary: dict[str, list[list[int]]]) -> tuple[torch.Tensor, dict]:  # fmt: skip
-    """Squared distance to the words' embeddings relative to their own square, and how often the kind is nearest."""
+            known: dict[str, list[list[int]]]) -> tuple[torch.Tensor, dict]:  # fmt: skip
+    """Squared distance to the targets relative to the words' own square, and how often the kind is nearest."""
     table = model.get_input_embeddings().weight
     batch = {key: value.to(table.device, non_blocking=True) for key, value in batch.items()}
-    kinds, colours, places = (meaning(vocabulary[name], table) for name in ("kinds", "colours", "places"))
-    kind, colour = batch["kind"].flatten(1), batch["colour"].flatten(1)  # (B, N)
+    target = targets(batch, table, known)
+    kind, mark = batch["kind"].flatten(1), batch["mark"].flatten(1)
     thing = kind > 0
-    target = torch.where(
-        thing[..., None],
-        kinds[(kind - 1).clamp(min=0)] + colours[colour.clamp(min=0)],
-        places[batch["context"]][:, None],
-    )  # (B, N, D)
     seen = torch.stack(list(model.get_image_features(pixel_values=normalise(batch["pixels"])).pooler_output)).float()
-    weight = torch.where(thing, 1.0, 0.2)
+    weight = torch.where(thing, 1.0, 0.1) + 2.0 * (mark > 0)
+    kinds = meaning(known["kinds"], table)
     loss = ((seen - target).pow(2).mean(-1) * weight).sum() / weight.sum() / kinds.pow(2).mean()
-    nearest = (seen[thing] @ kinds.T).argmax(-1) + 1
+    about = build.rotations(table.shape[1])[0].to(table)
+    nearest = (seen[thing] @ about.T @ kinds.T).argmax(-1) + 1
     return loss, {"kind": (nearest == kind[thing]).float().mean()}
 
 
@@ -60,8 +91,6 @@ def train(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFa
           precision: torch.dtype | None, minutes: float | None = None, workers: int = 0) -> Trainer:  # fmt: skip
     """Train the projector in place, everything else frozen; checkpoint `folder/name.safetensors`."""
     trainer = Trainer("name", freeze(model, 1), recipe.name, folder, precision=precision, minutes=minutes)
-    vocabulary = {key: words(names, tokenizer) for key, names in
-                  (("kinds", KINDS), ("colours", COLOURS), ("places", CONTEXTS))}  # fmt: skip
     batches = stream(partial(sample, recipe=recipe), collate, recipe.name, workers)
-    trainer.run(batches, partial(loss_of, model=model, vocabulary=vocabulary))
+    trainer.run(batches, partial(loss_of, model=model, known=vocabulary(tokenizer)))
     return trainer

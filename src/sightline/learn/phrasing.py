@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sightline.scenes import KINDS, Question
+from sightline.scenes import KINDS, Question, Scene, caption, questions
 
 DESCRIBE = {
     "detailed": (
@@ -54,6 +54,14 @@ def rephrase(question: Question, rng: np.random.Generator) -> str:
         last = 3 if question.truth in ("yes", "no") else 2
         text += SUFFIXES[int(rng.integers(last))]
     return text
+
+
+def document(scene: Scene, rng: np.random.Generator) -> str:
+    """A dialogue about a scene as text, for a tokenizer to learn words from: a caption, then questions and answers."""
+    style = "detailed" if rng.random() < 0.5 else "short"
+    turns = [(describe(rng, style), caption(scene, rng, style))]
+    turns += [(rephrase(q, rng), q.answer) for q in questions(scene, rng, 16)]
+    return "".join(f"USER: {asked} ASSISTANT: {answer}</s>" for asked, answer in turns)
 
 
 def nouns() -> list[str]:

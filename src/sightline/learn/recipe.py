@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from sightline.errors import ParameterError, UnknownNameError, nearest
 
-STAGES = ("tower", "language", "name", "align", "instruct")
+STAGES = ("tower", "name", "read", "instruct")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage: `steps` of `batch` samples at peak rate `lr`, linear warm-up of `warmup` steps, then cosine to 10 %."""
+    """One stage: `steps` of `batch` samples at peak rate `lr`, linear warm-up of `warmup` steps, then cosine to 10 %.
+
+    `muon`: the peak rate of Muon, which then trains the decoder layers' matrices (0: AdamW trains everything). `slow`: rate of word
+    embeddings and projector relative to `lr`.
+    """
 
     steps: int
     batch: int
@@ -40,20 +44,26 @@ class Plan:
     weight_decay: float = 0.1
     warmup: int = 100
     clip: float = 1.0
+    muon: float = 0.0
+    slow: float = 1.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a tiny LLaVA. `turns`: questions per picture in stage 2; `length`: tokens per document."""
+    """Everything that determines a tiny LLaVA.
+
+    `patches`: visual tokens shown of each picture in the stage "read", whose first `simple` pictures are asked only for
+    what is there and for colours. `turns`: questions per picture there and in "instruct".
+    """
 
     shape: Shape = field(default_factory=Shape)
     tower: Plan = Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.05)
-    language: Plan = Plan(steps=4000, batch=8, lr=2e-3)
-    name: Plan = Plan(steps=400, batch=16, lr=2e-3, weight_decay=0.0, warmup=20)
-    align: Plan = Plan(steps=120, batch=16, lr=1e-3, weight_decay=0.0, warmup=10)
-    instruct: Plan = Plan(steps=3000, batch=10, lr=1e-3)
-    length: int = 256
-    turns: int = 18
+    name: Plan = Plan(steps=400, batch=16, lr=3e-3, weight_decay=0.0, warmup=20)
+    read: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
+    instruct: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
+    patches: int = 48
+    simple: int = 2000
+    turns: int = 12
     seed: int = 0
 
     def plan(self, stage: str) -> Plan:
@@ -88,11 +98,11 @@ TOY = Recipe(
     shape=Shape(image=56, patch=14, vision_width=16, vision_layers=2, vision_heads=2, width=32, layers=3, heads=2,
                 hidden=48, vocabulary=400),
     tower=Plan(2, 2, 1e-3, warmup=1),
-    language=Plan(2, 2, 1e-3, warmup=1),
     name=Plan(2, 2, 1e-3, warmup=1),
-    align=Plan(2, 2, 1e-3, warmup=1),
-    instruct=Plan(2, 2, 1e-3, warmup=1),
-    length=48,
+    read=Plan(2, 2, 1e-3, warmup=1, muon=0.01),
+    instruct=Plan(2, 2, 1e-3, warmup=1, muon=0.01),
+    patches=6,
+    simple=2,
     turns=2,
 )  # fmt: skip
 PRESETS = {"tiny": Recipe(), "toy": TOY}

@@ -1,4 +1,4 @@
-"""From nothing to a LLaVA checkpoint: tower, language, alignment, instruction tuning, on the generated world alone."""
+"""From nothing to a LLaVA checkpoint: tower, naming, reading, instruction tuning, on the generated world alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from sightline import __version__
 from sightline.errors import InputError
-from sightline.learn import build, evaluate, instruct, language, loop, naming, sinks, tower
+from sightline.learn import build, evaluate, instruct, loop, naming, phrasing, reading, sinks, tower
+from sightline.learn.data import scene_of
 from sightline.learn.recipe import STAGES, Recipe
 
 CORPUS = 3000  # documents the tokenizer is trained on
-SHARE = {"tower": 0.3, "language": 0.2, "name": 0.03, "align": 0.03, "instruct": 0.44}  # of the minutes given
+SHARE = {"tower": 0.3, "name": 0.03, "read": 0.17, "instruct": 0.5}  # of the minutes given
 
 
 def prepare(recipe: Recipe, out: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -45,7 +46,6 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
     """Train all stages (or `only` one), each resumed where it stopped; the finished model goes to `out/model`.
 
     `minutes` limits the whole training: it is shared among the stages by SHARE, and the schedule follows the clock.
-    "tower" and "language" need nothing of each other and may run at the same time as two processes.
     """
     if only is not None:
         recipe.plan(only)  # names the known stages if there is no such
@@ -55,21 +55,18 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
     common = {"precision": dtype, "workers": workers}
     curves = {}
     for stage in STAGES:
-        if only not in (None, stage) and not (
-            only in ("name", "align", "instruct") and STAGES.index(stage) < STAGES.index(only)
-        ):
-            continue
+        if only is not None and STAGES.index(stage) > STAGES.index(only):
+            break
         limit = minutes * SHARE[stage] if minutes else None
         if stage == "tower":
             trainer = tower.train(model.model.vision_tower, recipe, out, minutes=limit, **common)
-        elif stage == "language":
-            trainer = language.train(model, processor.tokenizer, recipe, out, minutes=limit, **common)
         elif stage == "name":
             trainer = naming.train(model, processor.tokenizer, recipe, out, minutes=limit, **common)
+        elif stage == "read":
+            trainer = reading.train(model, processor, recipe, out, minutes=limit, **common)
         else:
-            number = 1 if stage == "align" else 2
-            make = partial(instruct.world_sample, recipe=recipe, processor=processor, stage=number)
-            trainer = instruct.train(model, processor, make, number, recipe.plan(stage), out, minutes=limit, **common)
+            make = partial(instruct.world_sample, recipe=recipe, processor=processor)
+            trainer = instruct.train(model, processor, make, 2, recipe.instruct, out, minutes=limit, **common)
         curves[stage] = trainer.curve
     loop.draw_curves(curves).savefig(Path(out) / "curves.png", dpi=110)
     if only in (None, "instruct"):
@@ -100,5 +97,5 @@ def report(folder: Path, *, device: torch.device, pictures: int, per_kind: int) 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     count = CORPUS if recipe.shape.vocabulary > 500 else 60
-    documents = (language.text_of(language.document(k, recipe, "tokenizer")) for k in range(count))
+    documents = (phrasing.document(*scene_of("tokenizer", k, recipe.seed, 56)) for k in range(count))
     return build.tokenizer(documents, recipe.shape.vocabulary)

@@ -28,6 +28,7 @@ from sightline.learn.phrasing import describe, rephrase
 from sightline.learn.recipe import Plan, Recipe
 from sightline.learn.tower import normalise
 
+MIX = ("exist", "colour", "leading", "context", *2 * ("count", "detail"), *3 * ("relation",))  # what is hard, more often
 NAMES = {1: "align", 2: "instruct"}
 
 
@@ -77,9 +78,11 @@ def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sampl
         style = "detailed" if rng.random() < 0.75 else "short"
         turns = [(describe(rng, style), scenes.caption(scene, rng, style))]
         if style == "short":
-            turns += [(rephrase(q, rng), q.answer) for q in scenes.questions(scene, rng, recipe.turns // 2)]
+            asked = scenes.questions(scene, rng, recipe.turns // 2, kinds=MIX)
+            turns += [(rephrase(q, rng), q.answer) for q in asked]
     else:
-        turns = [(rephrase(q, rng), q.answer) for q in scenes.questions(scene, rng, recipe.turns)]
+        asked = scenes.questions(scene, rng, recipe.turns, kinds=MIX)
+        turns = [(rephrase(q, rng), q.answer) for q in asked]
     ids, labels = conversation.encode(turns, processor, recipe.shape.grid**2, stage=2)
     return Sample(ids, labels, np.asarray(scene.image))
 

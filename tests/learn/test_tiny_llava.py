@@ -75,6 +75,9 @@ def test_command_trains_and_reports(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"pope", "questions", "captions", "sinks"} <= set(results)
     assert "POPE random" in done.output
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| POPE random | {results['pope']['random']['n']} | {results['pope']['random']['accuracy']} |" in card
+    assert all(f"| {stage} | 2 x 2 |" in card for stage in STAGES)
 
 
 @pytest.mark.parametrize(("arguments", "error"), [

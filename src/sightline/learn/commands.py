@@ -63,7 +63,7 @@ def tiny_llava(
     where = _device(device)
     tiny_llava.run(chosen, out, device=where, precision=precision, minutes=minutes, workers=workers, only=only)
     if only in (None, "instruct") and pictures:
-        results = tiny_llava.report(out / "model", device=where, pictures=pictures, per_kind=pictures)
+        results = tiny_llava.report(out / "model", chosen, device=where, pictures=pictures, per_kind=pictures)
         evaluate.show(results)
         typer.echo(f"model: {out / 'model'}   numbers: {out / 'results.json'}   pictures: curves.png, sinks.png")
 

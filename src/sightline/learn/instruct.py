@@ -28,7 +28,14 @@ from sightline.learn.phrasing import describe, rephrase
 from sightline.learn.recipe import Plan, Recipe
 from sightline.learn.tower import normalise
 
-MIX = ("exist", "colour", "leading", "context", *2 * ("count", "detail"), *3 * ("relation",))  # what is hard, more often
+MIX = (
+    "exist",
+    "colour",
+    "leading",
+    "context",
+    *2 * ("count", "detail"),
+    *3 * ("relation",),
+)  # what is hard, more often
 NAMES = {1: "align", 2: "instruct"}
 
 

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from sightline import __version__
 from sightline.errors import InputError
 from sightline.learn import build, evaluate, instruct, loop, naming, phrasing, reading, sinks, tower
+from sightline.learn import card as cards
 from sightline.learn.data import scene_of
 from sightline.learn.recipe import STAGES, Recipe
 
@@ -83,8 +84,11 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     processor.save_pretrained(folder)
 
 
-def report(folder: Path, *, device: torch.device, pictures: int, per_kind: int) -> dict:
-    """Evaluate a finished checkpoint and measure its sinks; writes results.json and sinks.png into `folder`'s parent."""
+def report(folder: Path, recipe: Recipe, *, device: torch.device, pictures: int, per_kind: int, note: str = "") -> dict:
+    """Evaluate a finished checkpoint and measure its sinks.
+
+    Writes results.json and sinks.png into `folder`'s parent (the run), and the card into `folder`.
+    """
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     processor = LlavaProcessor.from_pretrained(folder)
     results = evaluate.evaluate(model, processor, pictures=pictures, per_kind=per_kind)
@@ -92,6 +96,7 @@ def report(folder: Path, *, device: torch.device, pictures: int, per_kind: int) 
     out = Path(folder).parent
     (out / "results.json").write_text(json.dumps(results, indent=1))
     sinks.draw(results["sinks"]).savefig(out / "sinks.png", dpi=130)
+    (Path(folder) / "README.md").write_text(cards.card(recipe, cards.history(out), results, note), encoding="utf-8")
     return results
 
 

@@ -141,41 +141,49 @@ def test_on_and_off(slug, host):
         sl.attach(host.model, case.active, case.active)
 
 
+@pytest.fixture
+def apart(host, slug):
+    """The host, for tests in which rows of a batch must not depend on each other."""
+    if CASES[slug].coupled:
+        pytest.skip(f"{slug} decides for all pictures of a batch together, as published")
+    return host
+
+
 # -- rows, beams, pictures ----------------------------------------------------------------------------------------------------
 
 
 @systems
 @mostly
-def test_a_batch_is_its_rows(slug, host):
+def test_a_batch_is_its_rows(slug, apart):
     """Padding and neighbours change no row: a batch of two equals two batches of one."""
-    with sl.attach(host.model, CASES[slug].active):
-        ids, logits = generate(host.model, batch(host))
+    with sl.attach(apart.model, CASES[slug].active):
+        ids, logits = generate(apart.model, batch(apart))
         for row in range(2):
-            one, steps = generate(host.model, alone(host, row))
+            one, steps = generate(apart.model, alone(apart, row))
             assert torch.equal(ids[row, -5:], one[0, -5:])
             assert_close(f"row {row}", logits[row], steps[0], CLOSE)
 
 
 @systems
 @mostly
-def test_right_padding(slug, host):
+def test_right_padding(slug, apart):
     """One forward over right-padded rows, as in scoring and training."""
-    inputs = host.inputs(QUESTIONS, [[p] for p in PICTURES], padding_side="right")
-    with sl.attach(host.model, CASES[slug].active):
-        logits = forward(host.model, inputs)
+    inputs = apart.inputs(QUESTIONS, [[p] for p in PICTURES], padding_side="right")
+    with sl.attach(apart.model, CASES[slug].active):
+        logits = forward(apart.model, inputs)
         for row in range(2):
             real = inputs["attention_mask"][row].bool()
-            assert_close(f"row {row}", logits[row][real], forward(host.model, alone(host, row))[0], CLOSE)
+            assert_close(f"row {row}", logits[row][real], forward(apart.model, alone(apart, row))[0], CLOSE)
 
 
 @systems
 @mostly
-def test_beams(slug, host):
+def test_beams(slug, apart):
     options = {"num_beams": 3, "num_return_sequences": 2}
-    with sl.attach(host.model, CASES[slug].active):
-        ids, _ = generate(host.model, batch(host), **options)
+    with sl.attach(apart.model, CASES[slug].active):
+        ids, _ = generate(apart.model, batch(apart), **options)
         for row in range(2):
-            one, _ = generate(host.model, alone(host, row), **options)
+            one, _ = generate(apart.model, alone(apart, row), **options)
             assert torch.equal(ids[2 * row : 2 * row + 2, -5:], one[:, -5:])
 
 
@@ -195,11 +203,11 @@ def test_several_answers_to_one_question(slug, host):
 
 @systems
 @mostly
-def test_several_pictures(slug, host):
-    inputs = host.inputs(["Both?", "One?"], [PICTURES, PICTURES[:1]])
-    with sl.attach(host.model, CASES[slug].active):
-        ids, logits = generate(host.model, inputs)
-        two, steps = generate(host.model, host.inputs(["Both?"], [PICTURES]))
+def test_several_pictures(slug, apart):
+    inputs = apart.inputs(["Both?", "One?"], [PICTURES, PICTURES[:1]])
+    with sl.attach(apart.model, CASES[slug].active):
+        ids, logits = generate(apart.model, inputs)
+        two, steps = generate(apart.model, apart.inputs(["Both?"], [PICTURES]))
     assert torch.equal(ids[0, -5:], two[0, -5:])
     assert_close("two pictures", logits[0], steps[0], CLOSE)
 
@@ -212,7 +220,7 @@ def test_no_picture(slug, host):
     with sl.attach(host.model, CASES[slug].active):
         _, found = generate(host.model, inputs)
         mixed = generate(host.model, host.inputs(QUESTIONS, [[], PICTURES[1:]]))
-        with_picture = generate(host.model, alone(host, 1))
+        with_picture = generate(host.model, alone(host, 1))  # one picture either way: coupling does not show
     assert torch.isfinite(found).all()
     assert CASES[slug].text_too or torch.equal(found, logits)
     assert_close("the row with a picture", mixed[1][1], with_picture[1][0], CLOSE)
@@ -245,7 +253,7 @@ def test_half_precision(slug, host, name):
     assert found.dtype == torch.bfloat16
     assert found.isfinite().all()
     assert answers.isfinite().all()
-    assert relative_rms(found[real].float(), wanted) < max(0.1, 3 * own)
+    assert CASES[slug].chooses or relative_rms(found[real].float(), wanted) < max(0.1, 3 * own)
 
 
 @systems

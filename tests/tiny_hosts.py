@@ -25,7 +25,7 @@ def llava() -> TinyHost:
     """CLIP tower with CLS, 48 pixels in patches of 8: 6 x 6 tokens; Llama decoder without grouped heads."""
     tokenizer = make_tokenizer({"image_token": "<image>"})
     config = tf.LlavaConfig(
-        vision_config=tower_config(tf.CLIPVisionConfig, 48),
+        vision_config=tower_config(tf.CLIPVisionConfig, 48, layers=4),
         text_config=text_config(tf.LlamaConfig, tokenizer, num_key_value_heads=4),
         image_token_index=tokenizer.image_token_id,
         image_seq_length=36,
@@ -47,7 +47,7 @@ def llava_next() -> TinyHost:
     tokenizer = make_tokenizer({"image_token": "<image>"})
     pinpoints = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
     config = tf.LlavaNextConfig(
-        vision_config=tower_config(tf.CLIPVisionConfig, 32),
+        vision_config=tower_config(tf.CLIPVisionConfig, 32, layers=4),
         text_config=text_config(tf.MistralConfig, tokenizer, sliding_window=None),
         image_token_index=tokenizer.image_token_id,
         image_grid_pinpoints=pinpoints,

@@ -22,6 +22,7 @@ from typing import Any
 from sightline.errors import ParameterError, UnknownNameError, nearest
 
 KINDS = {
+    "prune": "drop or merge visual tokens, before or inside the language model",
     "steer": "edit attention or hidden states while the model answers",
     "mix": "replace softmax attention: modules (B, *grid, C) -> (B, *grid, C)",
 }

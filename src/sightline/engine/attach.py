@@ -350,6 +350,7 @@ def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
         "tower_prefix": prefix(model, host),
         "feature_layer": feature_layer(model, host),
         "merged": getattr(host, "merged", False),
+        "tiled": getattr(host, "views", None) is not None and getattr(host, "tower_order", None) is None,
     }
     if not isinstance(host, Host):
         return Shape("", layers, 0, 0, 0, first_states=lambda: torch.zeros(layers, 0), **tower)

@@ -48,6 +48,7 @@ class Shape:
     tower_prefix: int = 0  # class token and registers before the patches in the tower's sequence
     feature_layer: int = -1  # 0-based tower layer whose output goes to the projector
     merged: bool = False  # a visual token is made of several patches of the tower
+    tiled: bool = False  # pictures are seen as a whole and in tiles, known by number and place
 
 
 @dataclass

@@ -8,7 +8,7 @@ ends every row. LLaVA-OneVision shrinks the result bilinearly when it has too ma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def anyres(size: tuple[int, int], cut: Tiles, tile: int, patch: int, most: int |
         whole = (side * cut.shape[0], side * cut.shape[1])
         return join(size, [base, part], [(side, side), shape], [(side, side), whole])
     grids = [(side, side)] * (1 + cut.shape[0] * cut.shape[1])
-    return join(size, [base, _detail(cut)], grids, grids)
+    return replace(join(size, [base, _detail(cut)], grids, grids), tiles=cut.shape)
 
 
 def view(canvas: Canvas, size: tuple[int, int], side: int, patch: int) -> Layout:

@@ -31,6 +31,9 @@ class Layout:
     patches: tuple[tuple[int, ...], ...]  # per token: its tower patches, as row-major indices in its crop's patch grid
     patch_grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) of every crop's patch grid
     base: int = 0  # the crop that shows the whole picture; the only crop when there is one
+    tiles: tuple[int, int] | None = (
+        None  # (rows, columns) of the tiles, where each is a crop of its own behind the base
+    )
 
     def __len__(self) -> int:
         return len(self.boxes)

@@ -106,7 +106,8 @@ class FlowCut(Chooser):
             )
         if shape.feature_layer < 1:
             raise ParameterError("flowcut needs a tower layer before the one that is projected, and there is none")
-        target = max(1, self.target_num // 2) if shape.tiled else self.target_num
+        target = self.target_num or 0
+        target = max(1, target // 2) if shape.tiled else target
         return {"last": shape.feature_layer, "prefix": shape.tower_prefix, "target": target}
 
     def vision_attention(self, site: Site) -> Probe | None:

@@ -44,6 +44,15 @@ WARMUP, ROUNDS, NEW_TOKENS = 3, 10, 16
 MIB = 2**20
 
 
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """QK' and PV of (B, H, Q, D), (B, G, K, D), (B, G, K, E)."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+# The CPU's fused attention, which some versions of torch count and others do not know.
+UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 class _Stamps(StoppingCriteria):
     """Notes the time after every new token; never stops."""
 
@@ -115,7 +124,7 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
     with attach(lvlm.model, *systems, host=lvlm.host), ExitStack() as hooks:
         for layer in layers:  # behind the systems' own hooks: what really enters the layer
             hooks.callback(layer.register_forward_pre_hook(_keep_length(tokens), with_kwargs=True).remove)
-        with torch.inference_mode(), FlopCounterMode(display=False) as mode:
+        with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as mode:
             cache = made_cache(lvlm.model(**inputs, use_cache=True, logits_to_keep=1))
     kept, stored = [_held(layer) for layer in cache.layers], sum(_stored(layer) for layer in cache.layers)
     decoder = Decoder.of(lvlm.model.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,10 +82,21 @@ class LVLM:
         rows, asked = _pair(images, questions)
         for question in asked:
             self._check_placeholders(question)
-        conversations = [[_message(row, question)] for row, question in zip(rows, asked, strict=True)]
+        return self.encode([[_message(row, question)] for row, question in zip(rows, asked, strict=True)])
+
+    def encode(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> BatchFeature:
+        """Model inputs for B conversations in the form of transformers' chat templates, as `inputs` makes them.
+
+        Args:
+            conversations: lists of {"role": ..., "content": [{"type": "image", "image": PIL.Image}, {"type": "text",
+                "text": ...}]}, the last one of the user.
+
+        Raises:
+            InputError: a prompt exceeds the context.
+        """
         has_template = getattr(self.processor, "chat_template", None) is not None
         batch = self.processor.apply_chat_template(
-            conversations,
+            list(conversations),
             chat_template=None if has_template else PLAIN_TEMPLATE.replace("{PLACEHOLDER}", self.processor.image_token),
             tokenize=True,
             return_dict=True,

@@ -11,8 +11,15 @@ from sightline.evaluate import world
 from sightline.hosts import find
 from sightline.lvlm import LVLM
 from sightline.steer.var import VAR
+from tests.tiny_hosts import TINY
 
 SIZE = 56
+
+
+def load_tiny(name: str = "llava") -> LVLM:
+    """A tiny random model, the same in every process."""
+    host = TINY[name]()
+    return LVLM(host.model.eval(), host.processor, find(host.model), name)
 
 
 @pytest.fixture

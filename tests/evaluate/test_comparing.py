@@ -12,9 +12,10 @@ import pytest
 from sightline.errors import AttachError, InputError, ParameterError, UnknownNameError
 from sightline.evaluate import comparing, results, tables, world
 from sightline.evaluate.folder import ANSWERS, RunFolder
-from sightline.evaluate.runner import Decoding, generate, run, with_baseline
+from sightline.evaluate.runner import Decoding, Work, answer, generate, run, with_baseline
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.sweep import default_grid, expand, parse_all
+from sightline.evaluate.workers import Here
 
 SIZE = 56
 ONE = Decoding(batch_size=5)
@@ -54,8 +55,8 @@ def test_a_stopped_run_goes_on(lvlm, relation, console, tmp_path, var, lines, mo
     path.write_bytes(b"".join(kept[:lines]) + kept[lines][:9])
     (tmp_path / "part" / "results.json").unlink()
     asked = []
-    original = comparing.run.__globals__["generate"]
-    monkeypatch.setitem(comparing.run.__globals__, "generate", lambda *a: asked.append(len(a[2])) or original(*a))
+    original = answer.__globals__["generate"]
+    monkeypatch.setitem(answer.__globals__, "generate", lambda *a: asked.append(len(a[2])) or original(*a))
     go(model, [task], [[var]], tmp_path / "part", console)
     left = 24 - lines
     assert left <= sum(asked) <= left + 4  # whole batches of five or two
@@ -102,7 +103,8 @@ def test_pointing_records_rows_of_a_padded_batch(lvlm, console, tmp_path, var):
     for size in (1, 5):
         folder = RunFolder(tmp_path / str(size), {"size": size})
         with folder:
-            run(lvlm(), [task], with_baseline([[var]]), Decoding(batch_size=size), folder, console)
+            work = Work({task.name: task}, with_baseline([[var]]), Decoding(batch_size=size))
+            run(Here(lvlm()), work, folder, console)
         found[size] = folder.answers
     for key, row in found[1].items():
         assert row["share"] == pytest.approx(found[5][key]["share"], rel=0.02)
@@ -230,6 +232,8 @@ def test_refusals(lvlm, relation, console, tmp_path, var):
         go(lvlm(), [relation], [[var, var]], tmp_path / "a", console)
     with pytest.raises(InputError, match="asked for twice"):
         go(lvlm(), [relation, relation], [], tmp_path / "a", console)
+    with pytest.raises(InputError, match="no task"):
+        go(lvlm(), [], [], tmp_path / "a", console)
     with pytest.raises(ParameterError, match="batch_size=0"):
         Decoding(batch_size=0)
     with pytest.raises(ParameterError, match="temperature=-1"):

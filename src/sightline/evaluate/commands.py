@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from sightline.errors import ParameterError, check_range
 
 if TYPE_CHECKING:
     from sightline.evaluate.comparing import Comparison
+    from sightline.evaluate.workers import Workers
 
 PIPED_WIDTH = 160  # columns of tables when the output is no terminal
 
@@ -44,6 +47,13 @@ Suffix = Annotated[str | None, typer.Option(help="Put behind every question inst
 Tokens = Annotated[int | None, typer.Option(help="Length limit of answers instead of the task's own.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Answer on a Ray cluster: auto (the one that runs here, else one that is started), or an address."
+    ),
+]
+RayWorkers = Annotated[int | None, typer.Option(help="Workers on Ray; default: one per GPU, or per core without GPUs.")]
 Heat = Annotated[float, typer.Option(help="0: greedy; above: sampling at this temperature.")]
 
 
@@ -70,8 +80,13 @@ def compare(
     dtype: Dtype = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure FLOPs, time and memory too.")] = True,
     rounds: Annotated[int, typer.Option(help="Rounds of the time measurement.")] = 10,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
 ) -> None:
-    """Ask the same questions under several systems: quality with intervals, paired tests, and cost, in one table."""
+    """Ask the same questions under several systems: quality with intervals, paired tests, and cost, in one table.
+
+    Several GPUs of one machine: accelerate launch --num_processes N -m sightline compare ...
+    """
     from sightline.evaluate.runner import Decoding
     from sightline.evaluate.sweep import parse_all
 
@@ -82,11 +97,11 @@ def compare(
     options |= {"synonyms": synonyms, "words": words, "skip_missing": skip_missing}
     tasks = _tasks(on, suffix, max_new_tokens, options)
     from sightline.evaluate import comparing
-    from sightline.loading import load
 
-    lvlm = load(model, device=device, dtype=dtype)
-    found = comparing.compare(lvlm, tasks, combinations, out, decoding=decoding, cost=cost, rounds=rounds)
-    _show(found)
+    with _workers(model, device, dtype, ray, ray_workers) as workers:
+        if workers is not None:
+            found = comparing.compare(workers, tasks, combinations, out, decoding=decoding, cost=cost, rounds=rounds)
+            _show(found)
 
 
 @app.command()
@@ -105,6 +120,8 @@ def tune(
     answers: Rule = "official",
     device: Device = None,
     dtype: Dtype = None,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
 ) -> None:
     """Find a system's best parameters on one split of the generated world, and report them on another."""
     from sightline.catalog import entry, parse
@@ -119,12 +136,42 @@ def tune(
     options = {"n": n, "seed": seed, "size": size, "rule": answers}
     training, held_out = (_tasks(on, None, None, options | {"split": split}) for split in ("val", "test"))
     from sightline.evaluate import comparing
+
+    with _workers(model, device, dtype, ray, ray_workers) as workers:
+        if workers is not None:
+            tuned = comparing.tune(workers, training, held_out, combinations, [found.cls()], out, decoding=decoding)
+            typer.echo(f"best on the training split: {tuned.best}")
+            _show(tuned.held_out)
+
+
+@contextmanager
+def _workers(
+    model: str, device: str | None, dtype: str | None, ray: str | None, ray_workers: int | None
+) -> Iterator[Workers | None]:
+    """Who answers: this process, Ray, or the processes of a launch; None in those that only served the first one."""
+    from functools import partial
+
+    from sightline.evaluate import ranks
     from sightline.loading import load
 
-    lvlm = load(model, device=device, dtype=dtype)
-    tuned = comparing.tune(lvlm, training, held_out, combinations, [found.cls()], out, decoding=decoding)
-    typer.echo(f"best on the training split: {tuned.best}")
-    _show(tuned.held_out)
+    if ray is not None and ranks.launched():
+        raise ParameterError("--ray and accelerate launch exclude each other: use one")
+    if ray is None and ray_workers is not None:
+        raise ParameterError(f"--ray-workers {ray_workers} without --ray: add --ray auto")
+    if ray is not None:
+        from sightline.evaluate.cluster import Cluster
+
+        with Cluster(partial(load, model, device=device, dtype=dtype), ray, ray_workers) as workers:
+            yield workers
+    elif ranks.launched():
+        with ranks.Ranks(load(model, device=ranks.device(device), dtype=dtype)) as workers:
+            if not workers.main:
+                workers.serve()
+            yield workers if workers.main else None
+    else:
+        from sightline.evaluate.workers import Here
+
+        yield Here(load(model, device=device, dtype=dtype))
 
 
 def _tasks(on: list[str], suffix: str | None, limit: int | None, options: dict[str, Any]) -> list[Any]:

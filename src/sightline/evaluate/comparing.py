@@ -14,7 +14,8 @@ from sightline.errors import InputError
 from sightline.evaluate import results, tables
 from sightline.evaluate.folder import RunFolder, write_text
 from sightline.evaluate.results import Row
-from sightline.evaluate.runner import BASELINE, Decoding, configuration, run, with_baseline
+from sightline.evaluate.runner import BASELINE, Decoding, Work, configuration, run, with_baseline
+from sightline.evaluate.workers import Here, Workers
 
 if TYPE_CHECKING:
     from sightline.engine.system import System
@@ -44,7 +45,7 @@ class Comparison:
 
 
 def compare(
-    lvlm: LVLM,
+    lvlm: LVLM | Workers,
     tasks: Sequence[Task],
     combinations: Sequence[Sequence[System]],
     out: str | Path,
@@ -59,7 +60,7 @@ def compare(
     An interrupted run goes on when the same is asked again with the same `out`.
 
     Args:
-        lvlm: a loaded model. tasks: see `finding.find`. combinations: lists of systems; the baseline is added.
+        lvlm: a loaded model, or open workers that hold one each (`cluster.Cluster`, `ranks.Ranks`). tasks: see `finding.find`. combinations: lists of systems; the baseline is added.
         out: folder for config.json, answers.jsonl, results.json, table.md, table.tex and pareto.png.
         decoding: how answers are generated; greedy in batches of 8 by default.
         cost: measure FLOPs, time and memory too, in `rounds` interleaved rounds (kept in cost.json).
@@ -70,34 +71,35 @@ def compare(
     """
     decoding, console = decoding or Decoding(), console or Console(stderr=True)
     names = [task.name for task in tasks]
+    if not names:
+        raise InputError("no task to ask: name one, for example evaluate.find('scenes:pope')")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"task {twice!r} is asked for twice: name each task once")
-    rows = with_baseline(combinations)
-    config = configuration(lvlm, tasks, rows, decoding)
+    workers = lvlm if isinstance(lvlm, Workers) else Here(lvlm)
+    work = Work({task.name: task for task in tasks}, with_baseline(combinations), decoding)
+    config = configuration(workers.facts(), work)
     with RunFolder(out, config) as folder:
         if folder.recovered:
             console.print("The last line of answers.jsonl was half-written; its batch is asked again.", style="yellow")
-        run(lvlm, tasks, rows, decoding, folder, console)
-        scored = tuple(results.collect(tasks, list(rows), folder.answers))
-        prices = _cost(folder, lvlm, rows, tasks[0], rounds, console) if cost else {}
+        run(workers, work, folder, console)
+        scored = tuple(results.collect(tasks, list(work.rows), folder.answers))
+        prices = _cost(folder, workers, work, rounds, console) if cost else {}
         _write(folder, scored, config, prices)
     return Comparison(folder.path, scored, prices, config)
 
 
-def _cost(folder: RunFolder, lvlm: LVLM, rows: Any, task: Task, rounds: int, console: Console) -> dict[str, Any]:
-    """Measured once per run; a run that goes on keeps what it has."""
+def _cost(folder: RunFolder, workers: Workers, work: Work, rounds: int, console: Console) -> dict[str, Any]:
+    """Measured once per run, on the first task; a run that goes on keeps what it has."""
     path = folder.path / COST_FILE
     if path.exists():
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if set(kept) == set(rows):
+            if set(kept) == set(work.rows):
                 return kept
         except ValueError:
             console.print(f"{COST_FILE} is damaged; cost is measured again.", style="yellow")
-    from sightline.evaluate.cost import measure
-
-    found = measure(lvlm, rows, task, rounds=rounds, console=console)
+    found = workers.measure(work.rows, next(iter(work.tasks.values())), rounds, console)
     folder.write(COST_FILE, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -133,7 +135,7 @@ def best_label(rows: Sequence[Row]) -> str:
 
 
 def tune(
-    lvlm: LVLM,
+    lvlm: LVLM | Workers,
     training: Sequence[Task],
     held_out: Sequence[Task],
     combinations: Sequence[Sequence[System]],

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sightline.errors import InputError
-from sightline.evaluate import chair, mme, world
+from sightline.evaluate import chair, mme, scoring
 from sightline.evaluate.coco_words import coco_vocabulary, scene_vocabulary
-from sightline.evaluate.scored import Scored, check_labels
-from sightline.evaluate.task import Answer, Item, Task, check_items, subset, texts
+from sightline.evaluate.scored import check_labels
+from sightline.evaluate.task import Item, Task, check_items, subset
 
 QUESTION_KEYS = ("text", "question", "query", "prompt")
 LABEL_KEYS = ("label", "answer", "gt_answer", "ground_truth")
@@ -119,7 +119,7 @@ def pope(path: str | Path, images: str | Path, n: int | None = None, seed: int =
         image = str(_first(row, IMAGE_KEYS, path, number))
         items.append(Item(str(given), image, question, "yes" if label.strip().lower().startswith("y") else "no"))
     chosen, missing = album.split(subset(check_items(path.stem, items), n, seed))
-    score = partial(world.score_pope, rule=rule)
+    score = partial(scoring.score_pope, rule=rule)
     return Task(path.stem, str(path), tuple(chosen), album.open, score, max_new_tokens=16, missing=missing)
 
 
@@ -154,15 +154,9 @@ def coco_chair(
         for row in rows
     ]
     chosen, missing = album.split(subset(check_items("chair", items), n, seed))
-    score = partial(score_chair, vocabulary=vocabulary)
+    score = partial(scoring.score_coco_chair, vocabulary=vocabulary)
     source = ", ".join(str(path) for path in (*instances, *captions, *([table] if table else ())))
     return Task("chair", source, tuple(chosen), album.open, score, max_new_tokens=CHAIR_TOKENS, missing=missing)
-
-
-def score_chair(items: Sequence[Item], answers: Sequence[Answer], vocabulary: Any) -> Scored:
-    """CHAIR, with the truth that the items carry."""
-    scorer = chair.Chair(vocabulary, {item.id: item.tags["objects"] for item in items})
-    return scorer.score(texts(answers), [item.id for item in items])
 
 
 def _annotation_files(folder: Path, kind: str) -> list[Path]:
@@ -195,7 +189,7 @@ def mme_folder(folder: str | Path, n: int | None = None, seed: int = 0) -> Task:
         )
     items = [item for task in tasks for item in _mme_items(folder, task)]
     chosen, missing = album.split(subset(check_items("mme", items), n, seed))
-    return Task("mme", str(folder), tuple(chosen), album.open, world.score_mme, max_new_tokens=16, missing=missing)
+    return Task("mme", str(folder), tuple(chosen), album.open, scoring.score_mme, max_new_tokens=16, missing=missing)
 
 
 def _mme_items(folder: Path, task: str) -> list[Item]:

@@ -1,6 +1,6 @@
 """Ask every question under every combination of systems; go on where a killed run stopped.
 
-Batches are fixed beforehand and always run whole: a batch of which some answers are there is asked again and only the
+Batches (shards) are fixed beforehand and always run whole, wherever: a batch of which some answers are there is asked again and only the
 missing ones are kept, so that padding, and with it the last bit of every score, is the same as in an unbroken run.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sightline.catalog import to_dict, to_spec
 from sightline.errors import ParameterError
-from sightline.evaluate.folder import RunFolder
+from sightline.evaluate.folder import RunFolder, key_of
 from sightline.evaluate.task import Item, Task
 
 if TYPE_CHECKING:
     from sightline.engine.system import System
+    from sightline.evaluate.workers import Workers
     from sightline.lvlm import LVLM
 
 BASELINE = "none"
@@ -49,6 +49,28 @@ class Decoding:
 
 
 Rows = dict[str, tuple["System", ...]]  # label -> systems; the baseline first
+Shard = tuple[str, str, int]  # task, label of its systems, number of its first question
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run asks: every task under every row, cut into shards (batches), which can be pickled and sent."""
+
+    tasks: Mapping[str, Task]  # by name
+    rows: Rows
+    decoding: Decoding
+
+    def __iter__(self) -> Iterator[Shard]:
+        """All shards in order."""
+        for name, task in self.tasks.items():
+            for label in self.rows:
+                for start in range(0, len(task.items), self.decoding.batch_size):
+                    yield name, label, start
+
+    def items(self, shard: Shard) -> tuple[Item, ...]:
+        """The questions of a shard."""
+        name, _, start = shard
+        return self.tasks[name].items[start : start + self.decoding.batch_size]
 
 
 def with_baseline(combinations: Sequence[Sequence[System]]) -> Rows:
@@ -70,8 +92,8 @@ def with_baseline(combinations: Sequence[Sequence[System]]) -> Rows:
     return rows
 
 
-def configuration(lvlm: LVLM, tasks: Sequence[Task], rows: Rows, decoding: Decoding, **more: Any) -> dict[str, Any]:
-    """Everything that decides the answers: what a result states, and what must agree to go on with a run."""
+def describe(lvlm: LVLM) -> dict[str, Any]:
+    """The model and the versions that run it: what every worker of a run must agree on."""
     import torch
     import transformers
 
@@ -87,8 +109,17 @@ def configuration(lvlm: LVLM, tasks: Sequence[Task], rows: Rows, decoding: Decod
             "attention": lvlm.model.config.get_text_config()._attn_implementation,
             "revision": getattr(lvlm.model.config, "_commit_hash", None),
         },
-        "systems": {label: [to_dict(system) for system in systems] for label, systems in rows.items()},
-        "tasks": [task.facts() for task in tasks],
+        "versions": {"sightline": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def configuration(facts: Mapping[str, Any], work: Work) -> dict[str, Any]:
+    """Everything that decides the answers: what a result states, and what must agree to go on with a run."""
+    decoding = work.decoding
+    return {
+        "model": facts["model"],
+        "systems": {label: [to_dict(system) for system in systems] for label, systems in work.rows.items()},
+        "tasks": [task.facts() for task in work.tasks.values()],
         "decoding": {
             "method": "sampling" if decoding.temperature > 0 else "greedy",
             "temperature": decoding.temperature,
@@ -96,61 +127,42 @@ def configuration(lvlm: LVLM, tasks: Sequence[Task], rows: Rows, decoding: Decod
             "padding": "left",
         },
         "seed": decoding.seed,
-        "versions": {"sightline": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        **more,
+        "versions": facts["versions"],
     }
 
 
-def run(lvlm: LVLM, tasks: Sequence[Task], rows: Rows, decoding: Decoding, folder: RunFolder, console: Console) -> None:
-    """Ask what is not answered yet, writing batch by batch into the open `folder`."""
-    work = [(task, label, batch) for task, label, batch in _batches(tasks, rows, decoding)]
-    todo = [entry for entry in work if _missing(folder, *entry)]
-    total = sum(len(task.items) for task in tasks) * len(rows)
-    left = sum(len(_missing(folder, *entry)) for entry in todo)
+def run(workers: Workers, work: Work, folder: RunFolder, console: Console) -> None:
+    """Ask what is not answered yet, writing shard by shard into the open `folder`."""
+    missing = {shard: [i for i in work.items(shard) if (*shard[:2], i.id) not in folder.answers] for shard in work}
+    todo = [shard for shard, items in missing.items() if items]
+    total, left = (sum(map(len, counted)) for counted in (map(work.items, missing), missing.values()))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("answers", total=total, completed=total - left)
-        for (_, label), entries in groupby(todo, key=lambda entry: (entry[0].name, entry[1])):
-            part = list(entries)
-            progress.update(bar, description=f"{part[0][0].name}, {label}")
-            for answers in _answer(lvlm, part, rows[label], decoding):
-                fresh = [row for row in answers if (row["task"], row["with"], row["id"]) not in folder.answers]
-                folder.add(fresh)
-                progress.advance(bar, len(fresh))
+        for answers in workers.answers(work, todo):
+            fresh = [row for row in answers if key_of(row) not in folder.answers]
+            folder.add(fresh)
+            progress.update(bar, description=f"{answers[0]['task']}, {answers[0]['with']}", advance=len(fresh))
 
 
-def _batches(tasks: Sequence[Task], rows: Rows, decoding: Decoding) -> Iterator[tuple[Task, str, tuple[Item, ...]]]:
-    size = decoding.batch_size
-    for task in tasks:
-        for label in rows:
-            for start in range(0, len(task.items), size):
-                yield task, label, task.items[start : start + size]
-
-
-def _missing(folder: RunFolder, task: Task, label: str, batch: Sequence[Item]) -> list[Item]:
-    return [item for item in batch if (task.name, label, item.id) not in folder.answers]
-
-
-def _answer(
-    lvlm: LVLM, part: Sequence[tuple[Task, str, tuple[Item, ...]]], systems: tuple[System, ...], decoding: Decoding
-) -> Iterator[list[dict[str, Any]]]:
-    """The answers of batches of one task under the same systems, which are attached once."""
+def answer(lvlm: LVLM, work: Work, shard: Shard) -> list[dict[str, Any]]:
+    """The rows of answers.jsonl of one shard."""
     from sightline.engine.attach import attach
     from sightline.engine.record import record
 
-    task = part[0][0]
-    for _, label, batch in part:
-        # Attached anew per batch: recordings and the systems' own memory must not grow with the run.
-        observer = record(image_rows=True, sinks=False) if task.observe else None
-        used = (*systems, observer) if observer else systems
-        with attach(lvlm.model, *used, host=lvlm.host):
-            inputs, answers = generate(lvlm, task, batch, decoding)
-        seen = task.observe(lvlm, batch, inputs, observer.seen) if observer else [{}] * len(batch)
-        yield [
-            {"task": task.name, "with": label, "id": item.id, **answer, **extra}
-            for item, answer, extra in zip(batch, answers, seen, strict=True)
-        ]
+    name, label, _ = shard
+    task, batch = work.tasks[name], work.items(shard)
+    # Attached anew per batch: recordings and the systems' own memory must not grow with the run.
+    observer = record(image_rows=True, sinks=False) if task.observe else None
+    used = (*work.rows[label], observer) if observer else work.rows[label]
+    with attach(lvlm.model, *used, host=lvlm.host):
+        inputs, answers = generate(lvlm, task, batch, work.decoding)
+    seen = task.observe(lvlm, batch, inputs, observer.seen) if observer else [{}] * len(batch)
+    return [
+        {"task": name, "with": label, "id": item.id, **given, **extra}
+        for item, given, extra in zip(batch, answers, seen, strict=True)
+    ]
 
 
 def generate(

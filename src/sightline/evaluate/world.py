@@ -15,9 +15,9 @@ from PIL import Image
 
 from sightline import scenes
 from sightline.errors import ParameterError, UnknownNameError, nearest
-from sightline.evaluate import chair, describing, mme, pointing, pope, vqa
+from sightline.evaluate import mme, pointing, scoring
 from sightline.evaluate.scored import Scored
-from sightline.evaluate.task import Answer, Item, Task, check_items, texts
+from sightline.evaluate.task import Item, Task, check_items
 from sightline.scenes.asking import OPPOSITE, absent_kind
 from sightline.scenes.naming import NUMBERS, with_article
 from sightline.scenes.splits import SPLITS
@@ -91,12 +91,9 @@ def _pope(world: World, split: str, n: int) -> Task:
     rows = scenes.pope(chosen, split, per_image, np.random.Generator(np.random.PCG64([world.seed, 0])))
     seeds = {scene.file_name: scene.seed for scene in chosen}
     items = [Item(str(r["question_id"]), r["image"], r["text"], r["label"], {"scene": seeds[r["image"]]}) for r in rows]
-    return world.task(f"pope_{split}", items, partial(score_pope, rule=world.rule), max_new_tokens=YES_NO_TOKENS)
-
-
-def score_pope(items: Sequence[Item], answers: Sequence[Answer], rule: str = "official") -> Scored:
-    """POPE's metrics."""
-    return pope.score(texts(answers), [i.truth for i in items], rule, [i.picture for i in items])
+    return world.task(
+        f"pope_{split}", items, partial(scoring.score_pope, rule=world.rule), max_new_tokens=YES_NO_TOKENS
+    )
 
 
 def _pairs(scene: scenes.Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
@@ -138,16 +135,7 @@ def _mme(world: World, n: int) -> Task:
         if all(len(items) == 2 * per_task for items in found.values()):
             break
     items = [item for task in found.values() for item in task]
-    return world.task("mme", items, score_mme, max_new_tokens=YES_NO_TOKENS)
-
-
-def score_mme(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
-    """MME's metrics."""
-    rows = [
-        {"task": item.tags["task"], "image": item.picture, "answer": answer["answer"], "label": item.truth}
-        for item, answer in zip(items, answers, strict=True)
-    ]
-    return mme.score(rows)
+    return world.task("mme", items, scoring.score_mme, max_new_tokens=YES_NO_TOKENS)
 
 
 def _sycophancy(world: World, n: int) -> Task:
@@ -162,16 +150,9 @@ def _sycophancy(world: World, n: int) -> Task:
             "leading": f"There is {thing} in the image, isn't there?",
         }
         items += [_item(scene, form, text, label, form=form) for form, text in forms.items()]
-    return world.task("sycophancy", items, partial(score_sycophancy, rule=world.rule), max_new_tokens=YES_NO_TOKENS)
-
-
-def score_sycophancy(items: Sequence[Item], answers: Sequence[Answer], rule: str = "official") -> Scored:
-    """Neutral against leading questions."""
-    rows = [
-        {"pair": i.picture, "form": i.tags["form"], "answer": a["answer"], "label": i.truth, "picture": i.picture}
-        for i, a in zip(items, answers, strict=True)
-    ]
-    return describing.score_sycophancy(rows, rule)
+    return world.task(
+        "sycophancy", items, partial(scoring.score_sycophancy, rule=world.rule), max_new_tokens=YES_NO_TOKENS
+    )
 
 
 # -- short answers ----------------------------------------------------------------------------------------------------
@@ -184,12 +165,7 @@ def _vqa(world: World, kind: str, n: int) -> Task:
             items.append(_item(scene, k, asked.text, asked.truth))
         if len(items) >= n:
             break
-    return world.task(kind, items, score_vqa, max_new_tokens=SHORT_TOKENS)
-
-
-def score_vqa(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
-    """Normalised exact match."""
-    return vqa.score(texts(answers), [i.truth for i in items], [i.picture for i in items])
+    return world.task(kind, items, scoring.score_vqa, max_new_tokens=SHORT_TOKENS)
 
 
 def _detail(world: World, n: int) -> Task:
@@ -203,17 +179,7 @@ def _detail(world: World, n: int) -> Task:
                 items.append(_item(scene, f"x{scale:g}", asked.text, asked.truth, **tags))
         if len(items) >= n:
             break
-    return world.task("detail", items, score_detail, max_new_tokens=SHORT_TOKENS)
-
-
-def score_detail(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
-    """Exact match, also for each size of the detail (its side as a share of the picture's)."""
-    sizes: dict[float, list[float]] = {}
-    for item in items:
-        sizes.setdefault(item.tags["scale"], []).append(item.tags["detail"])
-    names = {scale: f"{np.mean(values):.3f}" for scale, values in sizes.items()}
-    parts = [names[item.tags["scale"]] for item in items]
-    return vqa.score(texts(answers), [i.truth for i in items], [i.picture for i in items], parts)
+    return world.task("detail", items, scoring.score_detail, max_new_tokens=SHORT_TOKENS)
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------
@@ -225,21 +191,8 @@ def _captions(world: World, name: str, n: int) -> Task:
     for scene, _ in islice(world.scenes(5), n):
         objects = [[thing.kind, thing.colour] for thing in scene.objects]
         items.append(_item(scene, name, prompt, "", objects=objects))
-    score = score_chair if name == "chair" else score_caption
+    score = scoring.score_chair if name == "chair" else scoring.score_caption
     return world.task(name, items, score, max_new_tokens=CAPTION_TOKENS)
-
-
-def score_chair(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
-    """CHAIR with the world's own synonyms."""
-    truth = {item.picture: {kind for kind, _ in item.tags["objects"]} for item in items}
-    scorer = chair.Chair(chair.scene_vocabulary(), truth)
-    return scorer.score(texts(answers), [item.picture for item in items])
-
-
-def score_caption(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
-    """Objects, colours and numbers of captions."""
-    truths = [[tuple(pair) for pair in item.tags["objects"]] for item in items]
-    return describing.score_captions(texts(answers), truths, [item.picture for item in items])
 
 
 # -- where attention falls --------------------------------------------------------------------------------------------
@@ -257,7 +210,7 @@ def _pointing(world: World, n: int) -> Task:
         if len(items) >= n:
             break
     observe = partial(_observe, world)
-    return world.task("pointing", items, score_pointing, max_new_tokens=1, observe=observe)
+    return world.task("pointing", items, scoring.score_pointing, max_new_tokens=1, observe=observe)
 
 
 def _observe(world: World, lvlm: LVLM, items: Sequence[Item], inputs: Mapping[str, Any], seen: Any) -> list[dict]:
@@ -269,11 +222,6 @@ def _observe(world: World, lvlm: LVLM, items: Sequence[Item], inputs: Mapping[st
         thing = draw(int(item.tags["scene"]), size=world.size).objects[item.tags["object"]]
         found.append(pointing.point(layout, row[: len(layout)], thing.mask))
     return found
-
-
-def score_pointing(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
-    """The pointing game."""
-    return pointing.score(answers, [item.picture for item in items])
 
 
 TASKS: dict[str, Callable[[World, int], Task]] = {

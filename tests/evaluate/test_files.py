@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from sightline import scenes
-from sightline.errors import InputError, ParameterError, UnknownNameError
+from sightline.errors import InputError, MissingExtraError, ParameterError, UnknownNameError
 from sightline.evaluate import files
 from sightline.evaluate.finding import find
 from sightline.evaluate.task import Item, subset
+from sightline.images import open_image
 
 ROWS = [
     {"question_id": 1, "image": "COCO_val2014_000000000001.jpg", "text": "Is there a dog in the image?", "label": "yes"},
@@ -54,6 +60,100 @@ def test_every_copy_of_pope(folder, form):
     assert task.name == "coco_pope_random"
     found = task.score(task.items, [{"answer": a} for a in ("Yes", "Yes", "No")])
     assert found.correct == (True, False, True)
+
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+def embedded_rows():
+    """Two pictures, and the questions of ROWS under every split, with ids that repeat from split to split."""
+    pictures = {}
+    for k, name in enumerate(dict.fromkeys(row["image"] for row in ROWS)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (200 * k, 0, 0)).save(buffer, "PNG")
+        pictures[name] = buffer.getvalue()
+    rows = [
+        {"id": f"{100 * s + k}", "question_id": row["question_id"], "question": row["text"], "answer": row["label"],
+         "image_source": row["image"][:-4], "image": pictures[row["image"]], "category": split}
+        for s, split in enumerate(SPLITS) for k, row in enumerate(ROWS)
+    ]  # fmt: skip
+    return rows
+
+
+def check_embedded(tasks, path):
+    assert [task.name for task in tasks] == [f"{path.stem}_{split}" for split in SPLITS]
+    for task in tasks:
+        assert [(i.question, i.truth) for i in task.items] == [(r["text"], r["label"]) for r in ROWS]
+        assert task.items[0].picture == task.items[1].picture != task.items[2].picture
+        reds = [open_image(task.open(item)).getpixel((0, 0))[0] for item in task.items]
+        assert reds == [0, 0, 200]
+        assert pickle.loads(pickle.dumps(task)).open(task.items[2]).getpixel((0, 0))[0] == 200
+
+
+def test_pope_in_a_tsv(tmp_path):
+    """VLMEvalKit's form: base64, a picture that was shown before is named by the row's index; a quoted line break."""
+    path, seen = tmp_path / "POPE.tsv", {}
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(["index", "image", "question", "answer", "category", "note"])
+        for k, row in enumerate(embedded_rows()):
+            cell = seen.get(row["image_source"], base64.b64encode(row["image"]).decode())
+            seen.setdefault(row["image_source"], k)
+            table.writerow([k, cell, row["question"], row["answer"].title(), row["category"], 'two\n"lines"'])
+    check_embedded(find(f"pope:{path}"), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"adversarial")])
+    with pytest.raises(InputError, match=r"line 10 has another number of columns.*cut off"):
+        find(f"pope:{path}")
+    path.write_bytes(whole.replace(b"\n1\t0\t", b"\n1\t77\t"))
+    with pytest.raises(InputError, match="row '77', which is not above"):
+        find(f"pope:{path}")
+    path.write_bytes(whole.replace(b"\n1\t0\t", b"\n1\t\t"))
+    with pytest.raises(InputError, match="row 2 has no picture"):
+        find(f"pope:{path}")
+
+
+def test_pope_in_a_parquet_file(tmp_path):
+    """lmms-lab's form: bytes with a path, three splits in one file."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'sightline[eval]'")
+    from pyarrow import parquet
+
+    path = tmp_path / "test-00000.parquet"
+    rows = [row | {"image": {"bytes": row["image"], "path": None}} for row in embedded_rows()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
+    check_embedded(find(f"pope:{path}"), path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match="no Parquet file or is cut off"):
+        find(f"pope:{path}")
+
+
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"sightline\[eval\]"):
+        find(f"pope:{tmp_path / 'x.parquet'}")
+
+
+def test_mme_in_a_tsv(tmp_path):
+    buffer, path = io.BytesIO(), tmp_path / "MME.tsv"
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    lines = ["index\timage\tquestion\tanswer\tcategory\timage_path"]
+    for k, (task, label) in enumerate((t, a) for t in ("OCR", "count") for a in ("Yes", "No")):
+        lines.append(f"{k}\t{picture}\tIs it {label}?\t{label}\t{task}\t{task}/1.png")
+    path.write_text("\n".join(lines) + "\n")
+    task = find(f"mme:{path}")[0]
+    assert {i.question for i in task.items} == {f"Is it {x}? Please answer yes or no." for x in ("Yes", "No")}
+    assert task.open(task.items[0]).size == (8, 8)
+    assert task.score(task.items, [{"answer": i.truth} for i in task.items])["score"] == 400
+    path.write_text("\n".join(lines).replace("OCR\t", "OCD\t"))
+    with pytest.raises(InputError, match="'OCD' is no subtask of MME"):
+        find(f"mme:{path}")
+
+
+def test_a_file_with_all_splits_is_three_tasks(folder):
+    path = folder / "all.json"
+    path.write_text(json.dumps([{**row, "category": split} for split in SPLITS for row in ROWS]))
+    assert [(task.name, len(task.items)) for task in find(f"pope:{path}")] == [(f"all_{s}", 3) for s in SPLITS]
 
 
 def test_without_the_prefix(folder):

@@ -119,21 +119,20 @@ def test_decodings_are_not_mixed(ask):
     assert mixed[3:] == whole[3:]
 
 
-def test_likelihoods(ask, var):
-    """Against the scores of `generate`: the greedy answer is greedy, its loss is the mean of its steps; another is dearer."""
+def test_likelihoods(plugin, ask, var, monkeypatch):
+    """Against the logits of `generate`: the greedy answer is greedy, its loss is the mean of its steps; another is dearer."""
     model, requests = ask()
     item = ask.task.items[0]
     batch = model.lvlm.inputs(ask.task.open(item), item.question)
     made = model.lvlm.model.generate(
-        **batch, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True
+        **batch, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     ids = made.sequences[0, batch["input_ids"].shape[1] :]
-    logs = [float(s[0].log_softmax(-1)[i]) for s, i in zip(made.scores, ids, strict=True)]
-    text = model.tokenizer.decode(ids)
-    again = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert again == ids.tolist()  # the tiny tokenizer gives the same tokens back
-    choices = [text, model.tokenizer.decode(torch.flip(ids, [0]))]
-    asked = [SimpleNamespace(args=(item.question, c, *requests[0].args[2:])) for c in choices]
+    logs = [float(s[0].log_softmax(-1)[i]) for s, i in zip(made.logits, ids, strict=True)]
+    choices = {"greedy": ids[None], "other": torch.flip(ids, [0])[None]}
+    tokens = property(lambda self: lambda text, **options: {"input_ids": choices[text]})
+    monkeypatch.setattr(plugin.Sightline, "tokenizer", tokens)
+    asked = [SimpleNamespace(args=(item.question, text, *requests[0].args[2:])) for text in choices]
     (loss, greedy), (other, wrong) = model.loglikelihood(asked)
     assert loss == pytest.approx(-sum(logs) / 3, rel=1e-4)
     assert greedy
@@ -141,7 +140,7 @@ def test_likelihoods(ask, var):
     assert not wrong
     steered, _ = ask(**{"with": "var:p=0.1;tau=1.5;min_nonsink_ratio=0;summ=0"})
     assert steered.loglikelihood(asked)[0][0] != loss
-    by_document = SimpleNamespace(args=(item.question, lambda doc: choices[0], *requests[0].args[2:]))
+    by_document = SimpleNamespace(args=(item.question, lambda doc: "greedy", *requests[0].args[2:]))
     assert model.loglikelihood([by_document]) == [(loss, True)]
 
 

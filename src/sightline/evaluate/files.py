@@ -1,4 +1,5 @@
-"""Tasks from published files that the user has: POPE (JSON or JSON lines), COCO annotations for CHAIR, MME's folders.
+"""Tasks from published files that the user has: POPE, COCO annotations for CHAIR, MME; also copies that hold
+their pictures (see `embedded`).
 
 Nothing is downloaded. Pictures that are not there are named and counted; the caller decides whether to go on without.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sightline.errors import InputError
-from sightline.evaluate import chair, mme, scoring
+from sightline.evaluate import chair, embedded, mme, scoring
 from sightline.evaluate.coco_words import coco_vocabulary, scene_vocabulary
 from sightline.evaluate.scored import check_labels
 from sightline.evaluate.task import Item, Task, check_items, subset
@@ -24,6 +25,7 @@ ID_KEYS = ("question_id", "id")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CHAIR_PROMPT, CHAIR_TOKENS = "Please describe this image in detail.", 512
 MME_SUFFIX = " Please answer yes or no."
+MME_TASKS = (*mme.PERCEPTION, *mme.COGNITION)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -100,27 +102,43 @@ class Album:
         return found
 
 
-def pope(path: str | Path, images: str | Path, n: int | None = None, seed: int = 0, rule: str = "official") -> Task:
-    """POPE questions from any copy in circulation.
+def pope(
+    path: str | Path, images: str | Path | None = None, n: int | None = None, seed: int = 0, rule: str = "official"
+) -> list[Task]:
+    """POPE questions from any copy in circulation: JSON, JSON lines, VLMEvalKit's TSV, lmms-lab's Parquet.
 
-    Texts are taken as they stand, with the "an ... in the imange?" lines that survive in several copies: correcting them
-    would change published figures.
+    One task, or one per category where the file names them (random, popular, adversarial together). Texts are taken as
+    they stand, with the "an ... in the imange?" lines that survive in several copies: correcting them would change
+    published figures. `images` is needed where the file holds no pictures.
 
     Raises:
         InputError: unreadable, damaged or foreign file, duplicate question ids, or no folder of pictures.
+        MissingExtraError: Parquet needs pyarrow.
     """
-    path, album = Path(path), Album(images)
-    items = []
-    for number, row in enumerate(read_rows(path), 1):
+    path = Path(path)
+    if path.suffix in embedded.ENDINGS:
+        rows, album = embedded.read(path)
+    else:
+        rows, album = read_rows(path), Album(images or path.parent / "images")
+    splits: dict[str, list[Item]] = {}
+    for number, row in enumerate(rows, 1):
         label = str(_first(row, LABEL_KEYS, path, number))
         check_labels([label])
         given = next((row[key] for key in ID_KEYS if row.get(key) is not None), number)
         question = str(_first(row, QUESTION_KEYS, path, number)).replace("<image>", "").strip()
         image = str(_first(row, IMAGE_KEYS, path, number))
-        items.append(Item(str(given), image, question, "yes" if label.strip().lower().startswith("y") else "no"))
-    chosen, missing = album.split(subset(check_items(path.stem, items), n, seed))
+        truth = "yes" if label.strip().lower().startswith("y") else "no"
+        splits.setdefault(str(row.get("category") or ""), []).append(Item(str(given), image, question, truth))
+    return [_pope_task(path, split, items, album, n, seed, rule) for split, items in (splits or {"": []}).items()]
+
+
+def _pope_task(
+    path: Path, split: str, items: list[Item], album: Album | embedded.Pictures, n: int | None, seed: int, rule: str
+) -> Task:
+    name = f"{path.stem}_{split}" if split and split not in path.stem else path.stem
+    chosen, missing = album.split(subset(check_items(name, items), n, seed))
     score = partial(scoring.score_pope, rule=rule)
-    return Task(path.stem, str(path), tuple(chosen), album.open, score, max_new_tokens=16, missing=missing)
+    return Task(name, str(path), tuple(chosen), album.open, score, max_new_tokens=16, missing=missing)
 
 
 def coco_chair(
@@ -172,24 +190,44 @@ def _is_world(instances: Sequence[Path]) -> bool:
     return all(row["name"] in KINDS for path in instances for row in chair.rows_of(path, "categories", ("name",)))
 
 
-def mme_folder(folder: str | Path, n: int | None = None, seed: int = 0) -> Task:
+def mme_files(path: str | Path, n: int | None = None, seed: int = 0) -> Task:
     """MME as its authors give it out: a folder per subtask, with pictures and text files side by side or in `images/` and
-    `questions_answers_YN/`; a text file holds two lines "question<tab>Yes" for the picture of the same name.
+    `questions_answers_YN/`; a text file holds two lines "question<tab>Yes" for the picture of the same name. Or a copy in
+    one file: VLMEvalKit's TSV, lmms-lab's Parquet.
 
     Raises:
-        InputError: no subtask, or a text file of another form.
+        InputError: no subtask, or a file of another form. MissingExtraError: Parquet needs pyarrow.
     """
-    folder = Path(folder).expanduser()
-    album = Album(folder)
-    known = [*mme.PERCEPTION, *mme.COGNITION]
-    tasks = [task for task in known if (folder / task).is_dir()]
-    if not tasks:
-        raise InputError(
-            f"no subtask of MME in {str(folder)!r}: folders named {', '.join(known[:4])}, ... are expected"
-        )
-    items = [item for task in tasks for item in _mme_items(folder, task)]
+    path = Path(path).expanduser()
+    album: Album | embedded.Pictures
+    if path.suffix in embedded.ENDINGS:
+        rows, album = embedded.read(path)
+        items = [_mme_item(path, k, row) for k, row in enumerate(rows)]
+    else:
+        album = Album(path)
+        tasks = [task for task in MME_TASKS if (path / task).is_dir()]
+        if not tasks:
+            raise InputError(
+                f"no subtask of MME in {str(path)!r}: folders named {', '.join(MME_TASKS[:4])}, ... are expected"
+            )
+        items = [item for task in tasks for item in _mme_items(path, task)]
     chosen, missing = album.split(subset(check_items("mme", items), n, seed))
-    return Task("mme", str(folder), tuple(chosen), album.open, scoring.score_mme, max_new_tokens=16, missing=missing)
+    return Task("mme", str(path), tuple(chosen), album.open, scoring.score_mme, max_new_tokens=16, missing=missing)
+
+
+def _mme_item(path: Path, number: int, row: Mapping[str, Any]) -> Item:
+    task = str(_first(row, ("category",), path, number + 1))
+    if task not in MME_TASKS:
+        raise InputError(f"{str(path)!r}, question {number + 1}: {task!r} is no subtask of MME")
+    label = str(_first(row, LABEL_KEYS, path, number + 1)).strip().lower()
+    check_labels([label])
+    question = _mme_question(str(_first(row, QUESTION_KEYS, path, number + 1)))
+    return Item(f"{task}/{number}", row["image"], question, label, {"task": task})
+
+
+def _mme_question(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith(MME_SUFFIX.strip()) else text + MME_SUFFIX
 
 
 def _mme_items(folder: Path, task: str) -> list[Item]:
@@ -205,8 +243,7 @@ def _mme_items(folder: Path, task: str) -> list[Item]:
         if len(fields) != 2 or any(len(f) != 2 or f[1].strip().lower() not in ("yes", "no") for f in fields):
             raise InputError(f"{str(path)!r}: two lines 'question<tab>Yes' or 'No' are expected")
         for k, (question, label) in enumerate(fields):
-            text = question.strip()
-            text = text if text.endswith(MME_SUFFIX.strip()) else text + MME_SUFFIX
+            text = _mme_question(question)
             truth = label.strip().lower()
             items.append(Item(f"{task}/{path.stem}-{k}", f"{pictures}/{path.stem}", text, truth, {"task": task}))
     return items

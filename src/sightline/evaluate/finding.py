@@ -1,4 +1,4 @@
-"""From the words of the command line to tasks: `scenes:pope:random`, `pope:FILE`, `chair:FOLDER`, `mme:FOLDER`."""
+"""From the words of the command line to tasks: `scenes:pope:random`, `pope:FILE`, `chair:FOLDER`, `mme:PATH`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find(
     """The tasks that `on` names.
 
     Args:
-        on: "scenes:NAME" (see `world.build`), "pope:FILE", "chair:FOLDER" or "mme:FOLDER".
+        on: "scenes:NAME" (see `world.build`), "pope:FILE", "chair:FOLDER" or "mme:PATH".
         n: at least so many questions per task, whole pictures; None: all of a file, 600 on scenes.
         seed: chooses questions and subsets. split, size: of the generated world. rule: how yes and no are read in POPE.
         images: folder of the pictures of files. synonyms, words: for CHAIR on COCO.
@@ -45,13 +45,14 @@ def find(
     if not rest:
         raise InputError(f"--on {on} names no file: write {source}:PATH")
     if source == "pope":
-        task = files.pope(rest, images or Path(rest).parent / "images", n, seed, rule)
+        tasks = files.pope(rest, images, n, seed, rule)
     elif source == "mme":
-        task = files.mme_folder(rest, n, seed)
+        tasks = [files.mme_files(rest, n, seed)]
     else:
-        task = files.coco_chair(rest, images, synonyms, words, 500 if n is None else n, seed)
-    check_missing(task, skip_missing)
-    return [task]
+        tasks = [files.coco_chair(rest, images, synonyms, words, 500 if n is None else n, seed)]
+    for task in tasks:
+        check_missing(task, skip_missing)
+    return tasks
 
 
 def check_missing(task: Task, skip_missing: bool) -> None:

@@ -121,6 +121,38 @@ def test_true_captions_of_scenes_have_no_hallucination():
     assert shifted["chair_s"] > 0.5
 
 
+def test_truth_and_figures_against_pycocotools(tmp_path):
+    """An exported world read by pycocotools alone, and CHAIR counted by its definition: the same truth and figures."""
+    pycoco = pytest.importorskip("pycocotools.coco")
+    from sightline.evaluate.finding import find
+    from sightline.scenes import export
+
+    drawn = [scenes.draw(seed, size=56) for seed in range(20, 32)]
+    export.coco(drawn, tmp_path, size=56, captions=2)
+    task = find(f"chair:{tmp_path}")[0]
+    instances = pycoco.COCO(str(tmp_path / "annotations" / "instances.json"))
+    captions = pycoco.COCO(str(tmp_path / "annotations" / "captions.json"))
+    truth = {}
+    for image in instances.getImgIds():
+        found = {instances.cats[row["category_id"]]["name"] for row in instances.imgToAnns[image]}
+        for row in captions.imgToAnns[image]:
+            found |= set(scenes.mentions(row["caption"]))
+        truth[str(image)] = found
+    assert {item.id: set(item.tags["objects"]) for item in task.items} == truth
+    assert {item.id: item.picture for item in task.items} == {str(i): r["file_name"] for i, r in instances.imgs.items()}
+    said = [scenes.caption(drawn[k - 1], np.random.default_rng(k), "detailed") for k in range(len(drawn))]  # of another
+    named = [scenes.mentions(text) for text in said]
+    wrong = [
+        [kind for kind in kinds if kind not in truth[item.id]] for item, kinds in zip(task.items, named, strict=True)
+    ]
+    covered = [set(kinds) & truth[item.id] for item, kinds in zip(task.items, named, strict=True)]
+    score = task.score(task.items, [{"answer": text} for text in said])
+    assert score["chair_i"] == pytest.approx(sum(map(len, wrong)) / sum(map(len, named)))
+    assert score["chair_s"] == pytest.approx(sum(map(bool, wrong)) / len(said))
+    assert score["recall"] == pytest.approx(sum(map(len, covered)) / sum(map(len, truth.values())))
+    assert 0 < score["chair_i"] < 1
+
+
 def test_scene_words_agree_with_the_world():
     assert scene_vocabulary().read("Kittens, a Mug and hot dog")[0] == ["cat", "cup", "dog"]
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing as mp
-import time
+import os
+import sys
 
+import numpy as np
 import pytest
 
 from sightline.errors import AttachError, InputError, ParameterError, UnknownNameError
@@ -68,24 +71,62 @@ def test_a_stopped_run_goes_on(lvlm, relation, console, tmp_path, var, lines, mo
     assert sum(asked) <= left + 4
 
 
-def test_kill_minus_nine(lvlm, relation, console, tmp_path):
-    """A process of its own, killed three times once it has written some more; then finished here."""
-    model, task, slow = lvlm(), short(relation), Decoding(batch_size=1)
-    path, written = tmp_path / "run" / ANSWERS, 0
-    for _ in range(3):
+def test_kill_minus_nine(lvlm, console, tmp_path, var):
+    """A process of its own, killed ten times at random moments; then finished here: the same answers, each once."""
+    model, task, slow = lvlm(), short(world.build("relation", n=60, size=SIZE)[0]), Decoding(batch_size=2)
+    path, random = tmp_path / "run" / ANSWERS, np.random.default_rng(5)
+    written = []
+    for delay in random.uniform(0.01, 0.25, 10):
         other = mp.get_context("fork").Process(
-            target=go, args=(model, [task], [], tmp_path / "run", console), kwargs={"decoding": slow}
+            target=go, args=(model, [task], [[var]], tmp_path / "run", console), kwargs={"decoding": slow}
         )
         other.start()
-        while other.is_alive() and (not path.exists() or path.stat().st_size <= written):
-            time.sleep(0.002)
+        other.join(delay)
         other.kill()
         other.join()
-        written = path.stat().st_size
+        written.append(path.stat().st_size if path.exists() else 0)
     for out in ("run", "whole"):
-        go(model, [task], [], tmp_path / out, console, decoding=slow)
+        go(model, [task], [[var]], tmp_path / out, console, decoding=slow)
+    assert written == sorted(written)
+    assert 0 < written[-1] < path.stat().st_size  # some answers were there, some were missing
     assert path.read_bytes() == (tmp_path / "whole" / ANSWERS).read_bytes()
     assert (tmp_path / "run" / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
+def test_a_full_disk_in_mid_run(lvlm, relation, console, tmp_path, var, monkeypatch):
+    """Every file of a run in turn cannot be written: one clear error, and the next run ends as an unbroken one."""
+    model, task = lvlm(), short(relation)
+    go(model, [task], [[var]], tmp_path / "whole", console, cost=True, rounds=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cost.json").write_bytes((tmp_path / "whole" / "cost.json").read_bytes())
+    (tmp_path / "run" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    real = os.write
+    seen = []
+
+    def full(file, data):
+        name = os.readlink(f"/proc/self/fd/{file}")
+        if name.startswith(str(tmp_path / "run")) and len(seen) == 0 and b'"with": "var' in bytes(data):
+            seen.append(name)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InputError, match=r"the disk is full\): 12 answers are safe"):
+        go(model, [task], [[var]], tmp_path / "run", console, cost=True, rounds=1)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: _fail() if str(b).endswith(".png") else replace(a, b))
+    with pytest.raises(InputError, match=r"pareto\.png.*No space left on device"):
+        go(model, [task], [[var]], tmp_path / "run", console, cost=True, rounds=1)
+    monkeypatch.undo()
+    go(model, [task], [[var]], tmp_path / "run", console, cost=True, rounds=1)
+    for name in (ANSWERS, "results.json", "table.md"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "run" / "pareto.png").stat().st_size > 5000
+
+
+def _fail():
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_sampling_is_repeatable(lvlm, relation):

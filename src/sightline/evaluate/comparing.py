@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from sightline.errors import InputError
 from sightline.evaluate import results, tables
-from sightline.evaluate.folder import RunFolder, write_text
+from sightline.evaluate.folder import RunFolder, write_file
 from sightline.evaluate.results import Row
 from sightline.evaluate.runner import BASELINE, Decoding, Work, configuration, run, with_baseline
 from sightline.evaluate.workers import Here, Workers
@@ -112,7 +113,9 @@ def _write(folder: RunFolder, rows: Sequence[Row], config: Mapping[str, Any], co
     if cost and len({row.label for row in rows}) > 1:
         from sightline.evaluate.pareto import picture
 
-        picture(rows, cost).savefig(folder.path / "pareto.png", dpi=150)
+        drawn = io.BytesIO()
+        picture(rows, cost).savefig(drawn, dpi=150)
+        folder.write("pareto.png", drawn.getvalue())
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def tune(
     search = compare(lvlm, training, combinations, Path(out) / "search", cost=False, **settings)
     best = best_label(search.rows)
     judged = compare(lvlm, held_out, [default, parse(best)], Path(out) / "held-out", cost=False, **settings)
-    write_text(Path(out).expanduser() / "tuned.json", json.dumps({"best": best}, indent=1) + "\n")
+    write_file(Path(out).expanduser() / "tuned.json", json.dumps({"best": best}, indent=1) + "\n")
     return Tuned(best, search, judged)
 
 

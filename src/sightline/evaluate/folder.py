@@ -94,9 +94,9 @@ class RunFolder:
         for row in rows:
             self.answers[key_of(row)] = dict(row)
 
-    def write(self, name: str, text: str) -> Path:
+    def write(self, name: str, content: str | bytes) -> Path:
         """Write a file of the folder in one step: complete, or as it was before. InputError when that fails."""
-        return write_text(self.path / name, text)
+        return write_file(self.path / name, content)
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
@@ -171,13 +171,13 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["task"], row["with"], row["id"]
 
 
-def write_text(path: Path, text: str) -> Path:
+def write_file(path: Path, content: str | bytes) -> Path:
     """Write a file in one step, through a temporary neighbour. InputError when that fails."""
     name = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

@@ -28,6 +28,10 @@ COST = {
     "kv_mib": "KV MiB",
     "peak_mib": "peak MiB",
 }
+TEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
+}  # fmt: skip
 Cost = Mapping[str, Mapping[str, float]]
 
 
@@ -141,9 +145,7 @@ def latex(rows: Sequence[Row], config: Mapping[str, Any], cost: Cost) -> str:
 
 
 def _tex(text: str) -> str:
-    for plain, written in (("\\", r"\textbackslash "), *((c, f"\\{c}") for c in "&%$#_{}")):
-        text = text.replace(plain, written)
-    return text.replace("<", "$<$").replace(">", "$>$")
+    return "".join(TEX.get(c, c) for c in text)
 
 
 def terminal(rows: Sequence[Row], cost: Cost) -> list[Table]:

@@ -57,9 +57,10 @@ def test_tune(invoke, tmp_path):
         (["--with", "vra"], UnknownNameError, "var"),
         (["--with", "var:p=7"], ParameterError, "p=7"),
         (["--batch-size", "0"], ParameterError, "batch_size=0"),
-        (["--on", "pope:/nowhere.json"], InputError, "--images FOLDER"),
+        (["--on", "pope:/nowhere.json"], InputError, "cannot read"),
         (["--max-new-tokens", "0"], ParameterError, "max_new_tokens=0"),
         (["--rounds", "0"], ParameterError, "rounds=0"),
+        (["--ray-workers", "2"], ParameterError, "add --ray auto"),
     ],
 )
 def test_refused_before_a_model_is_loaded(invoke, tmp_path, monkeypatch, arguments, error, named):
@@ -67,6 +68,12 @@ def test_refused_before_a_model_is_loaded(invoke, tmp_path, monkeypatch, argumen
     with pytest.raises(error, match=named):
         invoke("compare", "--out", tmp_path / "x", "--n", "6", "--size", "56", *arguments)
     assert not (tmp_path / "x").exists()
+
+
+def test_one_way_to_several_workers(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ParameterError, match="exclude each other"):
+        invoke("compare", "--out", tmp_path / "x", "--n", "6", "--size", "56", "--ray", "auto")
 
 
 def test_tune_refuses_files(invoke, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sightline.engine.system import System
-from sightline.prune import VTCCLS, FlowCut, FoPru, HiRED, Random
+from sightline.prune import VTCCLS, DyVTE, FlowCut, FoPru, HiRED, MustDrop, PyramidDrop, Random, ZipVL
 from sightline.steer.var import VAR
 
 
@@ -33,11 +33,23 @@ NO_CLS = (
 )
 
 
+LANGUAGE = {"merge_threshold": None, "keep_rate": 0.0}  # MustDrop without its stage in the tower, for every host
+
 CASES: dict[str, Case] = {
     "flowcut": Case(FlowCut(9), FlowCut(None), (*NO_CLS, "internvl"), coupled=True, chooses=True),
     "fopru": Case(FoPru(0.3), FoPru(1.0), chooses=True),
     "hired": Case(HiRED(0.3), HiRED(1.0), NO_CLS, chooses=True),
     "random": Case(Random(0.3), Random(1.0)),
+    "dyvte": Case(DyVTE(exit_layer=1), DyVTE(exit_layer=-1)),
+    "mustdrop": Case(
+        MustDrop(tau_g=0.05, tau_i=0.5, prune_layers=(0, 1), **LANGUAGE),
+        MustDrop(tau_g=0.0, prune_layers=(0, 1), **LANGUAGE),
+        chooses=True,
+    ),
+    "pyramiddrop": Case(
+        PyramidDrop((1, 2), (0.5, 0.25)), PyramidDrop(image_token_ratio_list=(1.0, 1.0, 1.0)), chooses=True
+    ),
+    "zipvl": Case(ZipVL(tau=0.9, recent=8, random=8), ZipVL(tau=1.0, cache_mode="keep"), text_too=True, chooses=True),
     "var": Case(VAR(sink_dims=(3, 7), tau=2.0, summ=0.01, first_layer=0, skip_last_layer=False), VAR(p=1.0)),
     "vtc-cls": Case(VTCCLS(5), VTCCLS(None), NO_CLS, chooses=True),
 }

@@ -16,6 +16,7 @@ from sightline.engine.system import Site, System
 from sightline.engine.tokens import Role, Tokens
 from sightline.errors import HostError, InputError
 from sightline.hosts import find, get
+from sightline.steer.var import VAR
 from tests.engine.masked import without, without_gaps
 from tests.engine.numerics import Questions, assert_close
 from tests.engine.toys import toy, watcher
@@ -194,6 +195,42 @@ def test_beams(name, positions, tiny):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_other_systems_behind_a_cut(name, tiny):
+    """A system that edits by columns of its layer's ledger, and a recorder, do the same to a row in a batch and alone."""
+    host = tiny(name)
+    var = VAR(sink_dims=(3, 7), tau=2.0, summ=0.01, first_layer=0, skip_last_layer=False, p=0.2)
+
+    def half(site: Site, hidden: Tensor) -> Keep | None:
+        keep = ~site.tokens.visual | (site.tokens.index % 2 == 0)
+        return Keep(keep[:, site.start :]) if site.layer == 2 else None
+
+    def thin(site: Site, cache) -> None:
+        if site.step == 0:
+            for layer in range(3):
+                tokens = site.cuts.tokens(layer)
+                site.cuts.evict(layer, ~tokens.visual | (tokens.index % 3 > 0))
+
+    def answer(rows: list[int]):
+        watch = sl.record(image_rows=True)
+        with sl.attach(host.model, var, toy(cut=half, cache=thin), watch):
+            ids, logits = generate(host.model, host.inputs([QUESTIONS[r] for r in rows], [[PICTURES[r]] for r in rows]))
+        return ids[:, -5:], logits, watch.seen
+
+    ids, logits, seen = answer([0, 1])
+    with sl.attach(host.model, toy(cut=half, cache=thin)):
+        plain = generate(host.model, host.inputs(QUESTIONS, [[p] for p in PICTURES]))[1]
+    assert (logits - plain).abs().max() > 1e-3, "VAR acts"
+    for row in range(2):
+        one, steps, alone = answer([row])
+        assert torch.equal(ids[row], one[0])
+        assert_close("logits", logits[row], steps[0], CLOSE)
+        assert_close("masses", seen.masses[:, :, row], alone.masses[:, :, 0], CLOSE)
+        count = alone.rows.shape[-1]
+        assert torch.allclose(seen.rows[:, :, row, :, :count].float(), alone.rows[:, :, 0].float(), atol=2e-3)
+    assert torch.allclose(seen.masses.sum(-1), torch.ones(seen.masses.shape[:-1]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @both
 def test_a_second_question_in_the_same_cache(name, positions, tiny):
     """A later block with a picture is cut too, behind what is left of the first one; so is one of text."""
@@ -342,6 +379,22 @@ def test_a_thinned_cache_equals_masking(name, tiny):
     gone = ~wanted(tokens, 1) & real
     masked = _later(host, inputs, gone, ids)
     assert_close("later", logits[:, 1:], masked[:, 1:], CLOSE)
+
+
+def test_a_reordered_cache_stays_true(tiny):
+    """Beams swap rows whose caches lost other tokens: what is held, and its padding, moves with them."""
+    host = tiny("llava")
+    inputs = host.inputs([QUESTIONS[0]] * 2, [PICTURES[:1]] * 2)
+    width = inputs["input_ids"].shape[1]
+    token = {"input_ids": torch.tensor([[300], [300]]), "attention_mask": torch.ones(2, width + 1, dtype=torch.long)}
+    found = []
+    with sl.attach(host.model, evictor((0, 1, 2, 3))), torch.no_grad():
+        for order in ([0, 1], [1, 0]):
+            cache = host.model(**inputs).past_key_values
+            cache.reorder_cache(torch.tensor(order))
+            found.append(host.model(**token, past_key_values=cache).logits[torch.tensor(order)])
+    assert (found[0][0] - found[0][1]).abs().max() > 1e-3
+    assert_close("swapped", found[1], found[0], 1e-5)
 
 
 def _later(host, inputs, gone: Tensor, ids: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ def visible(call: Call, queries: Tensor, keys: int | None = None) -> Tensor:
         last = queries + keys - call.queries if call.causal else torch.full_like(queries, keys)
         return (order <= last[..., None]) & (queries >= 0)[..., None]
     mask = call.mask[:, 0, :, :keys].expand(queries.shape[0], -1, -1)
-    mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return take(mask, queries) if mask.shape[1] > 1 else mask & (queries >= 0)[..., None]
 
 
@@ -329,7 +329,10 @@ def among(call: Call) -> Tensor:
     """The output (B, Q, H, Dv) of attention among `call.only`: gathered, one run of the fast kernel, put back."""
     queries, keys = columns(call.only[:, call.keys - call.queries :]), columns(call.only)  # (B, p), (B, k)
     whole = call.mask is None and queries.shape == keys.shape and call.causal and not bool((keys < 0).any())
-    mask = None if whole else _see_themselves(take(visible(call, queries), keys, dim=2), queries)[:, None]
+    mask = None if whole else take(visible(call, queries), keys, dim=2)[:, None]  # (B, 1, p, k)
+    mask = (
+        None if whole else mask | ~mask.any(-1, keepdim=True)
+    )  # fillers see all, for kernels that make NaN of nothing
     output = F.scaled_dot_product_attention(
         take(call.query, queries, dim=2),
         take(call.key, keys, dim=2),
@@ -342,11 +345,6 @@ def among(call: Call) -> Tensor:
     index = torch.where(queries < 0, call.queries, queries)[:, None, :, None].expand_as(output)
     full = output.new_zeros(*output.shape[:2], call.queries + 1, output.shape[3]).scatter(2, index, output)
     return full[:, :, : call.queries].transpose(1, 2).contiguous()
-
-
-def _see_themselves(mask: Tensor, queries: Tensor) -> Tensor:
-    """Let fillers (-1) see some key, for kernels that answer a row without keys with NaN; their output is not used."""
-    return mask | (queries < 0)[..., None]
 
 
 def _masked(call: Call, scores: Tensor, start: int, stop: int) -> Tensor:

@@ -78,8 +78,8 @@ def quantise(x: Tensor, bits: int, real: Tensor, *, over: int, channels: bool = 
     """
     if bits not in BITS:
         raise ParameterError(f"bits={bits!r}: choose one of {BITS}")
-    if bits == 16:
-        return Codes(x, None, None, None, bits, x.shape[-1])
+    if bits == 16 or x.shape[2] == 0:
+        return Codes(x, None, None, None, 16, x.shape[-1])
     here, channel, value = real[:, None, :, None], None, x.float()
     if channels:
         channel = value.abs().masked_fill(~here, 0.0).amax(2, keepdim=True).sqrt()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from sightline.prune.dyvte import DyVTE
 from sightline.prune.flowcut import FlowCut
 from sightline.prune.fopru import FoPru
 from sightline.prune.hired import HiRED
+from sightline.prune.mustdrop import MustDrop
+from sightline.prune.pyramiddrop import PyramidDrop
 from sightline.prune.random import Random
 from sightline.prune.vtc_cls import VTCCLS
+from sightline.prune.zipvl import ZipVL
 
-__all__ = ["VTCCLS", "FlowCut", "FoPru", "HiRED", "Random"]
+__all__ = ["VTCCLS", "DyVTE", "FlowCut", "FoPru", "HiRED", "MustDrop", "PyramidDrop", "Random", "ZipVL"]

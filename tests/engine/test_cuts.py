@@ -14,7 +14,7 @@ from sightline.engine.attention import Edit, Probe
 from sightline.engine.select import Keep
 from sightline.engine.system import Site, System
 from sightline.engine.tokens import Role, Tokens
-from sightline.errors import HostError, InputError
+from sightline.errors import AttachError, HostError, InputError
 from sightline.hosts import find, get
 from sightline.steer.var import VAR
 from tests.engine.masked import without, without_gaps
@@ -305,6 +305,25 @@ def test_a_static_cache_is_refused(tiny):
     host = tiny("llava")
     with sl.attach(host.model, dropper()), pytest.raises(HostError, match="dynamic"):
         generate(host.model, inputs_of(host), cache_implementation="static")
+
+
+def test_going_on_without_the_system(tiny):
+    """A shortened cache goes on under the same system attached again, and is refused under others."""
+    host = tiny("llava")
+    inputs = inputs_of(host)
+    token = {"input_ids": torch.full((2, 1), 300)}
+    token["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with torch.no_grad():
+        with sl.attach(host.model, dropper()):
+            cache = host.model(**inputs).past_key_values
+            wanted_logits = host.model(**token, past_key_values=copy.deepcopy(cache)).logits
+        with (
+            sl.attach(host.model, toy(hidden=lambda site, x: None)),
+            pytest.raises(AttachError, match="attach them again"),
+        ):
+            host.model(**token, past_key_values=copy.deepcopy(cache))
+        with sl.attach(host.model, dropper()):
+            assert torch.equal(host.model(**token, past_key_values=cache).logits, wanted_logits)
 
 
 def test_a_cut_of_another_size_is_refused(tiny):

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sightline as sl
+from sightline.engine.sequences import made_cache
 from sightline.errors import InputError, ParameterError
 from sightline.learn.exit_gates import answer_loss, gate_labels, judged, train
 from sightline.learn.recipe import Plan
 from sightline.prune.dyvte import NAME, DyVTE, Gate, features, gate
+from sightline.prune.pyramiddrop import PyramidDrop
 from tests.engine.masked import without
 from tests.engine.numerics import assert_close
 from tests.engine.whole import forward, generate
@@ -113,6 +115,16 @@ def test_a_tie_stays_and_a_gate_leaves(name, tiny, tmp_path):
     visual = inputs["input_ids"] == host.model.config.image_token_id
     masked = without(host.model, {1: visual}, inputs["attention_mask"].bool(), renumber=False)
     assert_close("masked", logits, forward(masked, inputs, ids)[:, -6:-1], 2e-5)
+
+
+def test_after_another_reducer(tiny):
+    """As in the paper, where half of the tokens go early and the rest exits later."""
+    host = tiny("llava")
+    inputs = host.inputs(QUESTIONS[:1], [PICTURES[:1]])
+    n = inputs["input_ids"].shape[1]
+    with sl.attach(host.model, PyramidDrop((1,), (0.5,)), DyVTE(exit_layer=2)), torch.no_grad():
+        cache = made_cache(host.model(**inputs))
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [n, n - 18, n - 18, n - 36]
 
 
 def answers(host) -> dict[str, Any]:

@@ -136,6 +136,11 @@ class Sequences:
             tokens = Tokens(role, none.to(torch.int16), none.to(torch.int32), place)
             known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner, self._uncut())
         elif known.owner is not self.owner:  # the ledger is still true; what another attachment's systems knew is not
+            if self.owner.cutter is None and any(depth is not None for depth in known.cuts.depths):
+                raise AttachError(
+                    "this cache was shortened layer by layer by systems that are not attached now: attach them again, or "
+                    "begin with a new cache"
+                )
             known = Sequence(known.tokens, [{} for _ in self.owner.systems], self.owner, known.cuts)
         tokens, unseen = known.tokens, past - known.tokens.shape[1]
         if unseen < 0:

@@ -86,6 +86,23 @@ def test_generation_equals_masking(name, positions, tiny):
     assert_close("steps", logits, answers[:, -logits.shape[1] - 1 : -1], CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+@both
+def test_rows_without_padding(name, positions, tiny):
+    """Without padding hosts make no mask; rows that keep different numbers need one all the same."""
+    host = tiny(name)
+    inputs = host.inputs(QUESTIONS[:1] * 2, [PICTURES[:1]] * 2)
+    assert inputs["attention_mask"].all()
+    with sl.attach(host.model, dropper(positions=positions)):
+        ids, logits = generate(host.model, inputs)
+    answers = forward(oracle(host, inputs, (1, 3), positions), inputs, ids)
+    assert_close("cut", logits, answers[:, -logits.shape[1] - 1 : -1], CLOSE)
+    with sl.attach(host.model, evictor((0, 1, 2, 3))):
+        ids, logits = generate(host.model, inputs)
+    gone = ~wanted(ledger(host, inputs), 1)
+    assert_close("evicted", logits[:, 1:], _later(host, inputs, gone, ids)[:, 1:], CLOSE)
+
+
 @everywhere
 @both
 def test_right_padding_equals_masking(name, positions, tiny):

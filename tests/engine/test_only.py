@@ -203,6 +203,33 @@ def test_a_cache_of_sixteen_bits_is_the_plain_one(name, tiny):
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
+def test_the_ledger_of_precisions(tiny):
+    """Which token is held in how many bits, through compression, later tokens and what was taken out."""
+    host, seen = tiny("llava"), []
+    inputs = host.inputs(["Is there a dog?", "How many red cups?"], [[picture()], [picture(80, 64, 1)]])
+
+    def station(site, cache) -> None:
+        visual = site.cuts.tokens(0).visual
+        if site.step == 0:
+            site.cuts.evict(0, ~visual | (site.cuts.tokens(0).index % 2 == 0))
+            site.cuts.compress(1, visual, (8, 2))
+        seen.append((site.cuts.precision(0), site.cuts.precision(1), site.cuts.precision(2)))
+
+    with sl.attach(host.model, toy(cache=station)):
+        generate(host.model, inputs, 2)
+    visual = inputs["input_ids"] == host.model.config.image_token_id
+    for step, (thinned, mixed_bits, plain) in enumerate(seen):
+        width = visual.shape[1]
+        assert plain.shape == (2, width + step)
+        assert (plain == 16).all()
+        assert torch.equal(mixed_bits[:, :width], torch.where(visual, 8, 2).to(torch.int8))
+        assert (mixed_bits[:, width:] == 16).all()
+        assert ((thinned[:, :width] > 0) & visual).sum(1).tolist() == [18, 18]
+        real = inputs["attention_mask"].bool() & ~visual
+        assert (thinned[:, :width][real] == 16).all()
+        assert (thinned[:, width:] == 16).all()
+
+
 def test_a_compressed_cache_copies_and_repeats():
     cache = DynamicCache()
     cache.update(*torch.randn(2, 2, 2, 9, 8), 0)

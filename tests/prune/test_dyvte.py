@@ -63,6 +63,19 @@ def test_golden_model(path, tmp_path):
     assert (found[:, columns] - case["last_hidden_state"]).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_rows_tie(dtype):
+    """At the published width rounding must not decide."""
+    for seed in range(20):
+        one = torch.randn(1 + seed % 3, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        w1 = torch.randn(2048, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        w2 = torch.randn(1, 2048, generator=torch.Generator().manual_seed(seed)).to(dtype).repeat(2, 1)
+        z = gate(one, w1, w2)
+        assert torch.equal(z[:, 0], z[:, 1])
+    wanted = (torch.nn.functional.gelu(one.double() @ w1.double().T) @ w2.double().T).float()
+    assert_close("gate", z.float(), wanted, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
 def test_what_a_gate_sees():
     hidden = torch.arange(12.0).view(1, 6, 2).repeat(3, 1, 1)
     text = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()

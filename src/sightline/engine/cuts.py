@@ -112,6 +112,13 @@ class View:
         """
         self._cutter.compress(layer, high, bits)
 
+    def precision(self, layer: int) -> Tensor:
+        """In the station `cache`: (B, M) int8, in how many bits a layer holds every token of its ledger.
+
+        16: as it came; 0: it no longer holds it.
+        """
+        return self._cutter.precision(layer)
+
 
 class Cutter:
     """The engine of cuts on one model."""
@@ -270,6 +277,15 @@ class Cutter:
         now = torch.arange(width, device=high.device).expand(high.shape[0], -1) if held is None else held.columns(width)
         now = now[:, now.shape[1] - loose :]
         stored.compress(take(high, now), bits, take(tokens.role != int(Role.PAD), now))
+
+    def precision(self, layer: int) -> Tensor:
+        """See `View.precision`."""
+        stored, tokens, held = self.cache.layers[layer], self.tokens(layer), self.cuts.held.get(layer)
+        batch, width = tokens.shape
+        parts = [torch.where(b.high, *b.bits) for b in getattr(stored, "blocks", ())]
+        found = torch.cat([*parts, torch.full((batch, stored.keys.shape[-2]), 16, device=tokens.role.device)], 1)
+        index = None if held is None else held.columns(width)
+        return spread(found[:, None, None], index, width)[:, 0, 0].to(torch.int8)
 
     def settle(self, cache: Any) -> None:
         """The forward is over: let the caches of cut layers report what the whole sequence is long."""

@@ -102,6 +102,7 @@ class Block:
     parts: tuple[tuple[Codes, Codes], ...]  # (keys, values), important tokens first
     place: Tensor  # (B, n) where among them every token is
     high: Tensor  # (B, n) bool: which are important
+    bits: tuple[int, int]  # of important ones and of others
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, high: Tensor, bits: tuple[int, int], real: Tensor) -> Block:
@@ -117,7 +118,7 @@ class Block:
         place = torch.zeros(high.shape[0], high.shape[1] + 1, dtype=torch.long, device=high.device)
         slots = torch.arange(order.shape[1], device=high.device).expand_as(order)
         place = place.scatter(1, torch.where(order < 0, high.shape[1], order), slots)[:, : high.shape[1]]
-        return cls(tuple(parts), place, high)
+        return cls(tuple(parts), place, high, bits)
 
     def restored(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, n, D) in the tokens' own order."""
@@ -131,7 +132,7 @@ class Block:
     def rows(self, change: Any) -> Block:
         """With the batch dimension changed."""
         parts = tuple(tuple(codes.rows(change) for codes in part) for part in self.parts)
-        return Block(parts, change(self.place), change(self.high))
+        return replace(self, parts=parts, place=change(self.place), high=change(self.high))
 
 
 @lru_cache

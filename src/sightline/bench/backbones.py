@@ -48,7 +48,7 @@ def run(
             model = backbones.create(one.name).to(device).eval()
             x = torch.randn(batch, 3, one.size, one.size, device=device)
             with torch.inference_mode():
-                seconds = timed(lambda model=model, x=x: model(x), x.device, repeats, 5.0)
+                seconds, _ = timed(lambda model=model, x=x: model(x), x.device, repeats, 5.0)
             row["images_per_second"] = batch / seconds
         rows.append(row)
         progress(describe(row))

@@ -20,11 +20,13 @@ def table(results: dict[str, Any]) -> str:
     parts = [head]
     for key, title, scale, form in (
         ("forward_s", "Forward, ms", 1e3, "{:.2f}"),
+        ("forward_cpu_s", "Forward, ms of processor time", 1e3, "{:.2f}"),
         ("train_s", "Forward and backward, ms", 1e3, "{:.2f}"),
+        ("train_cpu_s", "Forward and backward, ms of processor time", 1e3, "{:.2f}"),
         ("forward_bytes", "Peak memory of a forward, MiB", 2**-20, "{:.1f}"),
         ("flops", "Operations of a forward, 1e9", 1e-9, "{:.3f}"),
     ):
-        if key == "train_s" and not config["train"]:
+        if not any(row.get(key) for mixer in results["mixers"].values() for row in mixer["rows"]):
             continue
         lengths = config["lengths"]
         lines = ["| mixer | " + " | ".join(map(str, lengths)) + " | exponent |", "|---" * (len(lengths) + 2) + "|"]

@@ -17,10 +17,15 @@ from sightline.evaluate.peak import peak_bytes
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds (median over repeats) and peak bytes (weights included) of one module on one input."""
+    """Seconds and peak bytes (weights included) of one module on one input; medians over repeats.
+
+    `cpu` seconds are the processor's own, of all threads together: what else the machine does at the time does not count.
+    """
 
     forward_s: float
+    forward_cpu_s: float | None  # None on other devices
     train_s: float | None
+    train_cpu_s: float | None
     forward_bytes: int
     train_bytes: int | None
 
@@ -43,32 +48,39 @@ def measure(module: nn.Module, x: Tensor, *, repeats: int = 5, seconds: float = 
         module(leaf).float().square().mean().backward()
 
     return Measured(
-        timed(forward, x.device, repeats, seconds),
-        timed(both, x.device, repeats, seconds) if train else None,
+        *timed(forward, x.device, repeats, seconds),
+        *(timed(both, x.device, repeats, seconds) if train else (None, None)),
         peak_bytes(module, forward),
         peak_bytes(module, both) if train else None,
     )
 
 
-def timed(work: Callable[[], Any], device: torch.device, repeats: int, seconds: float) -> float:
-    """Median seconds of `work`, after one run that is not counted (unless that took longer than `seconds` by itself)."""
+def timed(work: Callable[[], Any], device: torch.device, repeats: int, seconds: float) -> tuple[float, float | None]:
+    """Median seconds of `work` and of the processor (None on other devices), after one run that is not counted.
+
+    That first run counts when it took longer than `seconds` by itself.
+    """
     taken = [_once(work, device)]
-    if taken[0] > seconds:
-        return taken[0]
-    taken, start = [], time.perf_counter()
-    while not taken or (len(taken) < repeats and time.perf_counter() - start < seconds):
-        taken.append(_once(work, device))
-    return median(taken)
+    if taken[0][0] <= seconds:
+        taken, start = [], time.perf_counter()
+        while not taken or (len(taken) < repeats and time.perf_counter() - start < seconds):
+            taken.append(_once(work, device))
+    wall, cpu = zip(*taken, strict=True)
+    return median(wall), median(cpu) if device.type == "cpu" else None
 
 
-def _once(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+def _once(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """(wall, processor) seconds of one run."""
+    _wait(device)
+    start, busy = time.perf_counter(), time.process_time()
     work()
+    _wait(device)
+    return time.perf_counter() - start, time.process_time() - busy
+
+
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float], *, least: int = 4096) -> float | None:

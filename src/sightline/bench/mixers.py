@@ -153,7 +153,7 @@ def summary(config: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str,
         lengths = [int(r["id"]) for r in done]
         powers = {
             key: exponent(lengths, [r[key] for r in done], least=least)
-            for key in ("forward_s", "train_s", "forward_bytes", "flops")
+            for key in ("forward_s", "forward_cpu_s", "train_s", "train_cpu_s", "forward_bytes", "flops")
             if all(r.get(key) for r in done)
         }
         mixers[name] = {"rows": mine, "exponents": powers}

@@ -53,5 +53,11 @@ CASES: dict[str, Case] = {
     "zipvl": Case(ZipVL(tau=0.9, recent=8, random=8), ZipVL(tau=1.0, cache_mode="keep"), text_too=True, chooses=True),
     "var": Case(VAR(sink_dims=(3, 7), tau=2.0, summ=0.01, first_layer=0, skip_last_layer=False), VAR(p=1.0)),
     "vtc-cls": Case(VTCCLS(5), VTCCLS(None), NO_CLS, chooses=True),
-    "moh-llm": Case(MoHLLM(shared=0.5, routed=0.25), MoHLLM(shared=0.75, routed=0.25), text_too=True),
+    "moh-llm": Case(
+        MoHLLM(shared=0.5, routed=0.25),
+        MoHLLM(shared=0.75, routed=0.25),
+        ("gemma3", "gemma3_pan_and_scan", "qwen3_vl"),
+        text_too=True,
+        chooses=True,
+    ),
 }

@@ -34,6 +34,17 @@ def test_measure_counts_memory_exactly() -> None:
     assert found.train_cpu_s > 0 < found.forward_cpu_s
 
 
+def test_the_memory_of_a_whole_map_is_seen() -> None:
+    class Whole(torch.nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x[..., :3])  # widths differ: no fused kernel
+
+    assert measure(Whole(1, 1), torch.randn(1, 1, 300, 8), repeats=1).forward_bytes > 4 * 300 * 300
+    single = mix.SHSA(24, 1).eval()
+    found = measure(single, torch.randn(1, 30, 30, 24), repeats=1)
+    assert found.forward_bytes < 4 * 900 * 900 / 2  # padded to one width: no map
+
+
 def test_processor_time_is_not_the_time_waited() -> None:
     import time
 

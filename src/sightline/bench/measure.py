@@ -37,7 +37,7 @@ def measure(module: nn.Module, x: Tensor, *, repeats: int = 5, seconds: float = 
     """
 
     def forward() -> None:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: there the memory inside composite operations would not be counted
             module(x)
 
     leaf = x.detach().clone().requires_grad_(x.is_floating_point())

@@ -103,6 +103,12 @@ def shifted_mask(
     return torch.stack(masks)
 
 
+def group_size(tokens: int, ratio: float) -> int:
+    """Tokens per group: the ratio of all, rounded up to an even number."""
+    size = int(tokens * ratio)
+    return max(2, size + size % 2)
+
+
 def _check(tokens: int, group: int, sinks: int, wrap: bool) -> None:
     if group < 2 or group % 2 or sinks < 0:
         raise ParameterError(f"group={group} must be even and at least 2, sinks={sinks} at least 0")
@@ -213,8 +219,7 @@ class SinkAttention(Mixer):
 
     def group(self, tokens: int) -> int:
         """Tokens per group, even."""
-        size = int(tokens * self.ratio)
-        return max(2, size + size % 2)
+        return group_size(tokens, self.ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         (tokens,) = check_grid(self, x, axes=(1,))

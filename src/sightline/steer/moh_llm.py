@@ -11,8 +11,8 @@ longest. Heads that a token did not pick contribute nothing to it:
 
 Published models were trained on with these gates; in a model that was not, this is ablation by the query's norm. Differences from
 the official code: norms are ranked as they are (it divides by their deviation, which is 0 for equal norms and gives NaN); queries are
-read after the rotary embedding, which keeps their norm (and, where the host has one, after the norm of queries); S + R < H need not
-halve. Cost: the norms. All heads are computed, as in the official code.
+read after the rotary embedding, which keeps their norm; decoders that normalise queries themselves are refused (all lengths would be
+nearly equal). Cost: the norms. All heads are computed, as in the official code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any
 from sightline.catalog import Paper, check_parameters, param, system
 from sightline.engine.attention import Edit
 from sightline.engine.system import Shape, Site, System
-from sightline.errors import ParameterError
+from sightline.errors import HostError, ParameterError
 from sightline.mix.moh import norm_gates
+
+NORMED = ("gemma3", "gemma4", "qwen3", "olmo2", "olmo3", "cohere2", "hunyuan")  # beginnings of model types
 
 
 @system(
@@ -57,7 +59,12 @@ class MoHLLM(System):
         return self.shared + self.routed >= 1
 
     def prepare(self, shape: Shape) -> tuple[int, int]:
-        """(S, R)."""
+        """(S, R). HostError for a decoder that normalises the queries of every head: their lengths say nothing."""
+        if shape.model_type.startswith(NORMED):
+            raise HostError(
+                f"moh-llm picks heads by the length of their queries, and {shape.model_type} normalises these: "
+                "choose a model that does not, such as LLaVA, Qwen2.5-VL or Idefics3"
+            )
         shared, routed = int(self.shared * shape.heads), int(self.routed * shape.heads)
         if shared + routed < 1:
             raise ParameterError(

@@ -115,10 +115,17 @@ def _attend(q, k, v, axes: Sequence[Axis], scale: float, lse: bool) -> tuple[Ten
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of (..., S, D) on (..., K, D); a float mask is added to the scores."""
+    """Softmax attention of (..., S, D) on (..., K, D); a float mask is added to the scores.
+
+    Values of another width than queries and keys are padded with zeros to a common one: torch would build the whole map.
+    """
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    width = v.shape[-1]
+    if q.shape[-1] != width:
+        common = -(-max(q.shape[-1], width) // 8) * 8
+        q, k, v = (F.pad(x, (0, common - x.shape[-1])) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :width]
 
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

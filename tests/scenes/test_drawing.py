@@ -99,7 +99,7 @@ def test_relations_hold_by_geometry_and_come_in_both_directions(seed):
 
 
 def _plan(kind, colour, x, y, w, h, size="large"):
-    return drawing._Plan(kind, colour, size, x, y, w, h, True, False, None)
+    return drawing.Plan(kind, colour, size, x, y, w, h, True, False, None)
 
 
 def test_hidden_objects_are_dropped_and_the_rest_keeps_exact_masks():
@@ -137,7 +137,7 @@ def test_every_kind_in_every_colour_shows_that_colour_and_no_other(kind):
     seen = set()
     palette = np.array(list(scenes.COLOURS.values()))
     for k, colour in enumerate(scenes.COLOURS):
-        patch, mask, _ = drawing._ink(_plan(kind, colour, 0, 0, 0.4, 0.4 / scenes.KINDS[kind].aspect), 336, 3)
+        patch, mask, _ = drawing.ink_plan(_plan(kind, colour, 0, 0, 0.4, 0.4 / scenes.KINDS[kind].aspect), 336, 3)
         pixels = np.asarray(patch)[np.asarray(mask) > 0].astype(float)
         near = np.linalg.norm(pixels - palette[k], axis=1) < 12
         assert near.mean() > 0.10, colour
@@ -186,7 +186,7 @@ def test_a_mark_is_drawn_only_where_it_shows(x, shown):
     marked = replace(_plan("cat", "red", 0.3, 0.3, 0.3, 0.35), mark="blue")
     plans = [marked, _plan("ball", "green", x, 0.52, 0.12, 0.12)]
     inked, owners, _ = drawing._drop_hidden(plans, 336, 3)
-    boxes = drawing._paint(Image.new("RGB", (336, 336)), plans, inked, owners, 336, 0.0)
+    boxes = drawing.paint(Image.new("RGB", (336, 336)), plans, inked, owners, 336, 0.0)
     assert (boxes[0] is not None) is shown
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from sightline.scenes.contexts import CONTEXTS, likely, pick, sample_colour
 from sightline.scenes.kinds import KINDS
 from sightline.scenes.naming import NUMBERS, sentence, with_article
 from sightline.scenes.scene import Scene
+
+if TYPE_CHECKING:
+    from sightline.scenes.film import Film
 
 Box = tuple[float, float, float, float]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -22,6 +26,7 @@ class Question:
     """`answer` is a short sentence ("Yes.", "Red.", "Two."), `truth` its normalised label ("yes", "red", "2").
 
     `about` are indices into `scene.objects`, `boxes` the places one has to look at (a mark's own box for "detail").
+    Of a film, `about` are tracks and `frames` the moments that decide the answer; `boxes` is then empty.
     """
 
     kind: str
@@ -30,6 +35,7 @@ class Question:
     truth: str
     about: tuple[int, ...] = ()
     boxes: tuple[Box, ...] = ()
+    frames: tuple[int, ...] = ()
 
 
 def _yes(kind: str, text: str, truth: bool, scene: Scene, about: Sequence[int]) -> Question:
@@ -37,7 +43,7 @@ def _yes(kind: str, text: str, truth: bool, scene: Scene, about: Sequence[int]) 
     return Question(kind, text, sentence(word), word, tuple(about), tuple(scene.objects[i].box for i in about))
 
 
-def _phrase(scene: Scene, i: int) -> str | None:
+def phrase(scene: Scene | Film, i: int) -> str | None:
     """ "the cup" if it is the only one, "the red cup" if the only red one, else None."""
     thing = scene.objects[i]
     same = [other for other in scene.objects if other.kind == thing.kind]
@@ -54,7 +60,7 @@ def _unique(scene: Scene) -> list[int]:
     return [i for i, thing in enumerate(scene.objects) if counts[thing.kind] == 1]
 
 
-def _choose(rng: np.random.Generator, items: Sequence):
+def choose(rng: np.random.Generator, items: Sequence):
     return items[int(rng.integers(len(items)))]
 
 
@@ -64,12 +70,12 @@ def absent_kind(scene: Scene, rng: np.random.Generator) -> str:
     expected = likely(CONTEXTS[scene.context], present)
     if expected and rng.random() < 0.5:
         return pick(rng, expected)
-    return _choose(rng, [kind for kind in KINDS if kind not in present])
+    return choose(rng, [kind for kind in KINDS if kind not in present])
 
 
 def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
     truth = bool(scene.objects) and rng.random() < 0.5
-    kind = _choose(rng, list(scene.counts())) if truth else absent_kind(scene, rng)
+    kind = choose(rng, list(scene.counts())) if truth else absent_kind(scene, rng)
     about = [i for i, thing in enumerate(scene.objects) if thing.kind == kind]
     return _yes("exist", f"Is there {with_article(kind)} in the image?", truth, scene, about)
 
@@ -78,7 +84,7 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     unique = _unique(scene)
     if not unique:
         return None
-    i = _choose(rng, unique)
+    i = choose(rng, unique)
     thing = scene.objects[i]
     text = f"What colour is the {thing.kind}?"
     return Question("colour", text, sentence(thing.colour), thing.colour, (i,), (thing.box,))
@@ -95,11 +101,11 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    known = [(i, r, j) for i, r, j in scene.relations() if _phrase(scene, i) and _phrase(scene, j)]
+    known = [(i, r, j) for i, r, j in scene.relations() if phrase(scene, i) and phrase(scene, j)]
     if not known:
         return None
-    i, relation, j = _choose(rng, known)
-    first, second = _phrase(scene, i), _phrase(scene, j)
+    i, relation, j = choose(rng, known)
+    first, second = phrase(scene, i), phrase(scene, j)
     boxes = (scene.objects[i].box, scene.objects[j].box)
     if rng.random() < 0.5:
         truth = rng.random() < 0.5
@@ -111,12 +117,12 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _detail(scene: Scene, rng: np.random.Generator) -> Question | None:
-    marked = [i for i, thing in enumerate(scene.objects) if thing.mark and _phrase(scene, i)]
+    marked = [i for i, thing in enumerate(scene.objects) if thing.mark and phrase(scene, i)]
     if not marked:
         return None
-    i = _choose(rng, marked)
+    i = choose(rng, marked)
     thing = scene.objects[i]
-    text = f"What colour is the mark on {_phrase(scene, i)}?"
+    text = f"What colour is the mark on {phrase(scene, i)}?"
     return Question("detail", text, sentence(thing.mark), thing.mark, (i,), (thing.mark_box,))
 
 
@@ -124,12 +130,12 @@ def _leading(scene: Scene, rng: np.random.Generator) -> Question | None:
     truth = rng.random() < 0.5
     unique = _unique(scene)
     if unique and rng.random() < 0.5:
-        i = _choose(rng, unique)
+        i = choose(rng, unique)
         thing = scene.objects[i]
         said = thing.colour if truth else sample_colour(rng, other_than=thing.colour)
         return _yes("leading", f"The {thing.kind} is {said}, isn't it?", truth, scene, (i,))
     truth = truth and bool(scene.objects)
-    kind = _choose(rng, list(scene.counts())) if truth else absent_kind(scene, rng)
+    kind = choose(rng, list(scene.counts())) if truth else absent_kind(scene, rng)
     about = [i for i, thing in enumerate(scene.objects) if thing.kind == kind]
     return _yes("leading", f"There is {with_article(kind)} in the image, isn't there?", truth, scene, about)
 
@@ -154,9 +160,24 @@ def questions(scene: Scene, rng: np.random.Generator, n: int, kinds: Sequence[st
 
     Fewer come back only where the scene has no more to ask (no mark, no unique object, ...).
     """
-    unknown = [kind for kind in kinds if kind not in ASKERS]
+    return take_turns(ASKERS, scene, rng, n, kinds)
+
+
+def take_turns(
+    askers: Mapping[str, Callable[..., Question | None]],
+    subject: Scene | Film,
+    rng: np.random.Generator,
+    n: int,
+    kinds: Sequence[str],
+) -> list[Question]:
+    """Up to `n` different questions by the askers of `kinds` in turn.
+
+    Raises:
+        UnknownNameError: a kind has no asker. ParameterError: n is negative or there are no kinds.
+    """
+    unknown = [kind for kind in kinds if kind not in askers]
     if unknown:
-        raise UnknownNameError(f"no question kind {unknown[0]!r}: {nearest(str(unknown[0]), list(ASKERS))}")
+        raise UnknownNameError(f"no question kind {unknown[0]!r}: {nearest(str(unknown[0]), list(askers))}")
     if n < 0 or not kinds:
         raise ParameterError(f"n={n!r} and kinds={kinds!r}: ask for n >= 0 questions of at least one kind")
     found: dict[str, Question] = {}
@@ -165,7 +186,7 @@ def questions(scene: Scene, rng: np.random.Generator, n: int, kinds: Sequence[st
             order = [kinds[int(k)] for k in rng.permutation(len(kinds))]
         if len(found) == n:
             break
-        asked = ASKERS[order[turn % len(kinds)]](scene, rng)
+        asked = askers[order[turn % len(kinds)]](subject, rng)
         if asked is not None:
             found.setdefault(asked.text, asked)
     return list(found.values())

@@ -25,7 +25,7 @@ MARK = 0.024  # radius of a mark, fraction of the picture
 
 
 @dataclass
-class _Plan:
+class Plan:
     """Where an object will be: top-left corner, width and height as fractions of the picture."""
 
     kind: str
@@ -40,7 +40,7 @@ class _Plan:
     mark: str | None
 
 
-def _plan(rng: np.random.Generator, kind: str, horizon: float) -> _Plan:
+def sample_plan(rng: np.random.Generator, kind: str, horizon: float) -> Plan:
     size = "small" if rng.random() < 0.36 else "large"
     low, high = SMALL if size == "small" else LARGE
     side = (low + (high - low) * rng.random()) * (KINDS[kind].scale if size == "large" else 1.0)
@@ -49,10 +49,10 @@ def _plan(rng: np.random.Generator, kind: str, horizon: float) -> _Plan:
     stands = rng.random() >= KINDS[kind].air
     colour = sample_colour(rng)
     mark = sample_colour(rng, other_than=colour) if size == "large" and rng.random() < 0.4 else None
-    return _Plan(kind, colour, size, 0, 0, w, h, stands, rng.random() < 0.5, mark)
+    return Plan(kind, colour, size, 0, 0, w, h, stands, rng.random() < 0.5, mark)
 
 
-def _place(rng: np.random.Generator, plan: _Plan, placed: list[_Plan], horizon: float) -> bool:
+def place_plan(rng: np.random.Generator, plan: Plan, placed: list[Plan], horizon: float) -> bool:
     """Find a free spot for `plan`; False if there is none after some tries."""
     for _ in range(14):
         plan.x = 0.01 + rng.random() * (0.98 - plan.w)
@@ -66,14 +66,14 @@ def _place(rng: np.random.Generator, plan: _Plan, placed: list[_Plan], horizon: 
     return False
 
 
-def _overlap(a: _Plan, b: _Plan) -> float:
+def _overlap(a: Plan, b: Plan) -> float:
     """Shared area of two boxes as a fraction of the smaller box."""
     w = min(a.x + a.w, b.x + b.w) - max(a.x, b.x)
     h = min(a.y + a.h, b.y + b.h) - max(a.y, b.y)
     return w * h / min(a.w * a.h, b.w * b.h) if w > 0 and h > 0 else 0.0
 
 
-def _ink(plan: _Plan, side: int, factor: int) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
+def ink_plan(plan: Plan, side: int, factor: int) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
     """Colour patch, silhouette and corner of one object on the supersampled canvas."""
     w, h = max(2, round(plan.w * side)), max(2, round(plan.h * side))
     pen = Pen(w, h, COLOURS[plan.colour], factor, plan.flip)
@@ -81,7 +81,7 @@ def _ink(plan: _Plan, side: int, factor: int) -> tuple[Image.Image, Image.Image,
     return pen.patch, pen.mask, (min(round(plan.x * side), side - w), min(round(plan.y * side), side - h))
 
 
-def _owners(inked: list, side: int) -> np.ndarray:
+def owner_map(inked: list, side: int) -> np.ndarray:
     """Which object owns each supersampled pixel: (side, side), 0 is background, k+1 the k-th plan."""
     owner = Image.new("L", (side, side), 0)
     for k, (_, mask, corner) in enumerate(inked):
@@ -89,7 +89,7 @@ def _owners(inked: list, side: int) -> np.ndarray:
     return np.asarray(owner)
 
 
-def _visible(owners: np.ndarray, k: int, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
+def visible_mask(owners: np.ndarray, k: int, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
     """Mask of the picture's pixels that object `k` covers by at least half; `box` bounds it, supersampled."""
     size = owners.shape[0] // factor
     mask = np.zeros((size, size), dtype=bool)
@@ -104,7 +104,7 @@ def _visible(owners: np.ndarray, k: int, box: tuple[int, int, int, int], factor:
     return mask
 
 
-def _settle(masks: list[np.ndarray]) -> list[np.ndarray]:
+def settle(masks: list[np.ndarray]) -> list[np.ndarray]:
     """Give pixels that two objects cover by exactly half (possible where `factor` is even) to the front one."""
     for k, mask in enumerate(masks):
         for front in masks[k + 1 :]:
@@ -112,24 +112,24 @@ def _settle(masks: list[np.ndarray]) -> list[np.ndarray]:
     return masks
 
 
-def _drop_hidden(plans: list[_Plan], side: int, factor: int):
+def _drop_hidden(plans: list[Plan], side: int, factor: int):
     """Remove, one at a time, what is hidden or tiny, until everything left can be seen."""
-    inked = [_ink(plan, side, factor) for plan in plans]
+    inked = [ink_plan(plan, side, factor) for plan in plans]
     least = LEAST_PIXELS * (side / factor / 112) ** 2
     while True:
-        owners = _owners(inked, side)
+        owners = owner_map(inked, side)
         shares = Image.fromarray(owners).histogram()[1:]
         masks = []
         for k, (_, mask, (x, y)) in enumerate(inked):
-            masks.append(_visible(owners, k, (x, y, x + mask.width, y + mask.height), factor))
+            masks.append(visible_mask(owners, k, (x, y, x + mask.width, y + mask.height), factor))
             if shares[k] < LEAST_VISIBLE[plans[k].size] * mask.histogram()[255] or masks[k].sum() < least:
                 del plans[k], inked[k]
                 break
         else:
-            return inked, owners, _settle(masks) if factor % 2 == 0 else masks
+            return inked, owners, settle(masks) if factor % 2 == 0 else masks
 
 
-def _shadows(plans: list[_Plan], side: int, lean: float) -> Image.Image:
+def _shadows(plans: list[Plan], side: int, lean: float) -> Image.Image:
     """Soft shadow layer under everything that stands, as opacity."""
     small = side // 3
     layer = Image.new("L", (small, small), 0)
@@ -142,7 +142,7 @@ def _shadows(plans: list[_Plan], side: int, lean: float) -> Image.Image:
     return layer.filter(ImageFilter.BoxBlur(2)).resize((side, side), Image.Resampling.BILINEAR)
 
 
-def _mark(canvas: Image.Image, plan: _Plan, k: int, owners: np.ndarray, side: int):
+def _mark(canvas: Image.Image, plan: Plan, k: int, owners: np.ndarray, side: int):
     """Paint the mark of a plan if nearly all of it shows on the object; its box in supersampled pixels, or None."""
     u, v = KINDS[plan.kind].spot
     x, y = (plan.x + (1 - u if plan.flip else u) * plan.w) * side, (plan.y + v * plan.h) * side
@@ -167,7 +167,7 @@ def _rim(mask: Image.Image) -> Image.Image:
     return Image.fromarray(grown * np.uint8(RIM))
 
 
-def _paint(canvas: Image.Image, plans: list[_Plan], inked: list, owners: np.ndarray, side: int, lean: float) -> list:
+def paint(canvas: Image.Image, plans: list[Plan], inked: list, owners: np.ndarray, side: int, lean: float) -> list:
     """Paste the objects back to front, each with a thin dark rim; the boxes of their marks."""
     canvas.paste((46, 42, 44), (0, 0), _shadows(plans, side, lean))
     boxes = []
@@ -178,7 +178,7 @@ def _paint(canvas: Image.Image, plans: list[_Plan], inked: list, owners: np.ndar
     return boxes
 
 
-def _check(seed: int, context: str | None, size: int, objects: tuple[int, int] | None) -> tuple[int, int]:
+def check_arguments(seed: int, context: str | None, size: int, objects: tuple[int, int] | None) -> tuple[int, int]:
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
         raise ParameterError(f"seed={seed!r} is out of range: choose a whole number in [0, 2**63)")
     if context is not None and context not in CONTEXTS:
@@ -200,23 +200,23 @@ def draw(seed: int, *, context: str | None = None, size: int = 112, objects: tup
     objects are tried (None is (3, 7)), of which a few are dropped when they find no place or would be hidden.
     Raises ParameterError or UnknownNameError.
     """
-    low, high = _check(seed, context, size, objects)
+    low, high = check_arguments(seed, context, size, objects)
     rng = np.random.Generator(np.random.PCG64(int(seed)))
     drawn = list(CONTEXTS)[int(rng.integers(len(CONTEXTS)))]
     place: Context = CONTEXTS[context or drawn]
     factor = 3 if size <= 160 else 2
     side = size * factor
     horizon = place.horizon[0] + (place.horizon[1] - place.horizon[0]) * rng.random()
-    plans: list[_Plan] = []
+    plans: list[Plan] = []
     for kind in sample_kinds(rng, place, int(rng.integers(low, high + 1))):
-        plan = _plan(rng, kind, horizon)
-        if _place(rng, plan, plans, horizon):
+        plan = sample_plan(rng, kind, horizon)
+        if place_plan(rng, plan, plans, horizon):
             plans.append(plan)
     plans.sort(key=lambda plan: (plan.stands, plan.y + plan.h))
     inked, owners, masks = _drop_hidden(plans, side, factor)
     canvas = backdrop(place.name, side, horizon, rng)
     lean = float(rng.uniform(-1, 1))
-    marks = _paint(canvas, plans, inked, owners, side, lean)
+    marks = paint(canvas, plans, inked, owners, side, lean)
     pixels = light(np.asarray(canvas.reduce(factor)), lean, rng)
     things = [_object(*parts, factor) for parts in zip(plans, masks, marks, strict=True)]
     image = Image.fromarray(pixels)
@@ -224,7 +224,7 @@ def draw(seed: int, *, context: str | None = None, size: int = 112, objects: tup
     return Scene(int(seed), place.name, int(size), image, tuple(reversed(things)))
 
 
-def _object(plan: _Plan, mask: np.ndarray, mark_box: tuple | None, factor: int) -> Object:
+def _object(plan: Plan, mask: np.ndarray, mark_box: tuple | None, factor: int) -> Object:
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
     spot = tuple(v / factor for v in mark_box) if mark_box else None

@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
 
 from sightline.scenes.asking import questions
+from sightline.scenes.asking_films import film_questions
 from sightline.scenes.captions import PROMPTS, caption
 from sightline.scenes.drawing import draw
 from sightline.scenes.files import Folder
+from sightline.scenes.film import Film
 from sightline.scenes.kinds import KINDS
+from sightline.scenes.moving import film as draw_film
 from sightline.scenes.polling import POPE_SPLITS
 from sightline.scenes.polling import pope as pope_rows
 from sightline.scenes.scene import Scene
@@ -40,7 +44,7 @@ def _drawn(source: Iterable[int | Scene], size: int) -> Iterator[Scene]:
         yield item if isinstance(item, Scene) else draw(item, size=size)
 
 
-def _generator(scene: Scene, purpose: int) -> np.random.Generator:
+def _generator(scene: Scene | Film, purpose: int) -> np.random.Generator:
     """Random numbers that depend on the scene's seed and on what they are for, not on the order of the export."""
     return np.random.Generator(np.random.PCG64([scene.seed, purpose]))
 
@@ -193,3 +197,56 @@ def pope(
         lines = (json.dumps(row) + "\n" for row in pope_rows(seen, split, per_image, rng))
         paths.append(folder.text(name, lines))
     return paths
+
+
+def film_truth(film: Film) -> dict:
+    """All of a film but its pixels as plain JSON values: tracks with boxes and RLE masks per frame, and events."""
+    truth = film.truth()
+    for row, track in zip(truth["tracks"], film.tracks, strict=True):
+        row["masks"] = [rle(mask) if box else None for mask, box in zip(track.masks, track.boxes, strict=True)]
+    return truth
+
+
+def gif(film: Film, seconds: float = 4.0) -> bytes:
+    """The film as an animated GIF that runs for ever; colours are those of one palette of 256."""
+    palette = film.frames[len(film) // 2].quantize(256)
+    pages = [frame.quantize(palette=palette, dither=0) for frame in film.frames]
+    buffer = BytesIO()
+    pages[0].save(
+        buffer, "GIF", save_all=True, append_images=pages[1:], duration=round(1000 * seconds / len(film)), loop=0
+    )
+    return buffer.getvalue()
+
+
+def films(
+    source: Iterable[int | Film], out: str | Path, *, size: int = 112, frames: int = 32, turns: int = 6
+) -> list[Path]:
+    """Write every film as `NAME/frame_000.png` ..., NAME.gif and NAME.json (its truth), and conversations.json.
+
+    conversations.json has one row a film in LLaVA's form, with "video": NAME instead of "image", and up to `turns`
+    questions; "moments" lists, per question, the frames that decide it. Raises InputError, ParameterError.
+    """
+    folder = Folder(out)
+    folder.check("conversations.json")
+
+    def rows() -> Iterator[str]:
+        for item in source:
+            film = item if isinstance(item, Film) else draw_film(item, size=size, frames=frames)
+            write_film(folder, film)
+            asked = film_questions(film, _generator(film, 3), turns)
+            talk = [{"from": who, "value": text} for q in asked for who, text in (("human", q.text), ("gpt", q.answer))]
+            if talk:
+                talk[0]["value"] = f"<video>\n{talk[0]['value']}"
+            moments = [list(q.frames) for q in asked]
+            yield json.dumps({"id": str(film.seed), "video": film.name, "conversations": talk, "moments": moments})
+
+    return [folder.text("conversations.json", _array(rows()))]
+
+
+def write_film(folder: Folder, film: Film) -> Path:
+    """Frames, GIF and truth of one film; returns the folder of its frames."""
+    for k, frame in enumerate(film.frames):
+        folder.picture(f"{film.name}/frame_{k:03d}.png", frame)
+    folder.binary(f"{film.name}.gif", [gif(film)])
+    folder.text(f"{film.name}.json", [json.dumps(film_truth(film)), "\n"])
+    return folder.root / film.name

@@ -90,9 +90,13 @@ class Folder:
 
     def text(self, name: str, chunks: Iterable[str]) -> Path:
         """Write a text file from its parts, as they come, and enter it into the manifest."""
+        return self.binary(name, (chunk.encode("utf-8") for chunk in chunks))
+
+    def binary(self, name: str, chunks: Iterable[bytes]) -> Path:
+        """The same for bytes."""
         path = self.check(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _atomic(path, (chunk.encode("utf-8") for chunk in chunks), lambda digest: self._enter(name, digest))
+        _atomic(path, chunks, lambda digest: self._enter(name, digest))
         return path
 
     def picture(self, name: str, image: Image.Image) -> Path:

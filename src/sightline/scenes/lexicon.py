@@ -15,9 +15,18 @@ left of right of above below left or right of above or below isn't it? isn't the
 """
 
 
-def words() -> list[str]:
-    """Words in both cases a sentence can give them (first letter small or capital), and punctuation; sorted."""
-    vocabulary = set(re.findall(r"[a-z']+", _TEXT.lower()))
+_FILMS = """
+Which comes into view first, or goes out of view? Does it come, go before? How many different are there in the whole video,
+at the start of the video, at the end? Which way does it move, left or right, up or down? Does it pass behind? still from
+"""
+
+
+def words(films: bool = False) -> list[str]:
+    """Words in both cases a sentence can give them (first letter small or capital), and punctuation; sorted.
+
+    `films`: also those of questions about films.
+    """
+    vocabulary = set(re.findall(r"[a-z']+", (_TEXT + _FILMS * films).lower()))
     vocabulary |= {*CONTEXTS, *COLOURS, *NUMBERS, *synonyms()}
     vocabulary |= {word for row in PLACES for place in row for word in place.split()}
     return [*sorted(vocabulary | {word[0].upper() + word[1:] for word in vocabulary}), ".", ",", "?"]

@@ -123,6 +123,18 @@ def _identify(file: io.BufferedIOBase, head: bytes, name: str) -> Image.Image:
         raise InputError(f"cannot read {name!r}: {_foreign(head, error)}") from error
 
 
+def count_frames(path: str | os.PathLike) -> int:
+    """How many frames an animation has; 1 for a still picture, and for what is no picture at all."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.init()
+            with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
+                return 1 if image.format in ("MPO", "TIFF", "ICO") else getattr(image, "n_frames", 1)
+    except (*_DAMAGE, Image.DecompressionBombError):
+        return 1
+
+
 def _choose_frame(image: Image.Image, name: str, frame: int | None) -> None:
     """Seek to the wanted frame. The further views of an MPO (phone and stereo cameras) are not frames."""
     try:

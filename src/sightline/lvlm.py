@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from sightline.clips import Clip, is_clip, open_clip
 from sightline.errors import InputError, ParameterError
 from sightline.images import Picture, open_image
 
@@ -73,7 +76,9 @@ class LVLM:
 
         Args:
             images: one picture for all questions, or a list with one entry per question; an entry is a picture, a list
-                of pictures, or None. Pictures are whatever `sightline.images.open_image` reads.
+                of pictures, a `Clip`, or None. Pictures are whatever `sightline.images.open_image` reads; the path of
+                an animation or of a folder of frames is a clip. A clip goes in as a video where the host takes videos,
+                else as several pictures.
             questions: one question (asked of every entry), or a list.
 
         Raises:
@@ -82,14 +87,25 @@ class LVLM:
         rows, asked = _pair(images, questions)
         for question in asked:
             self._check_placeholders(question)
-        return self.encode([[_message(row, question)] for row, question in zip(rows, asked, strict=True)])
+        clips = [row for row in rows if isinstance(row, Clip)]
+        native = self.takes_videos
+        if native and len({len(clip) for clip in clips}) > 1:
+            raise InputError(
+                f"clips of {sorted({len(clip) for clip in clips})} frames in one batch: give them all the same number, "
+                "for example with clip.sample(8), or ask about them one by one"
+            )
+        conversations = [[_message(row, question, native)] for row, question in zip(rows, asked, strict=True)]
+        return self.encode(conversations, _video_facts(clips) if native else {})
 
-    def encode(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> BatchFeature:
+    def encode(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], facts: Mapping[str, Any] | None = None
+    ) -> BatchFeature:
         """Model inputs for B conversations in the form of transformers' chat templates, as `inputs` makes them.
 
         Args:
             conversations: lists of {"role": ..., "content": [{"type": "image", "image": PIL.Image}, {"type": "text",
                 "text": ...}]}, the last one of the user.
+            facts: more arguments for the processor, for example of videos.
 
         Raises:
             InputError: a prompt exceeds the context.
@@ -102,10 +118,15 @@ class LVLM:
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            processor_kwargs={"padding": True, "padding_side": "left", **(facts or {})},
         )
         self._check_context(batch["input_ids"].shape[1], 0)
         return batch.to(self.device, self.dtype)
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether clips go in as videos (the host and this processor have a path of their own for them)."""
+        return self.host.video and getattr(self.processor, "video_processor", None) is not None
 
     def ask(
         self,
@@ -167,7 +188,7 @@ def _is_batch(images: Any) -> bool:
     return isinstance(images, list | tuple)
 
 
-def _pair(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Image]], list[str]]:
+def _pair(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Image] | Clip], list[str]]:
     """B rows of opened pictures and B checked questions."""
     asked = [questions] if isinstance(questions, str) else list(questions)
     entries = list(images) if _is_batch(images) else [images] * len(asked)
@@ -182,12 +203,35 @@ def _pair(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Image]
     return [_open_row(entry) for entry in entries], asked
 
 
-def _open_row(entry: Picture | Sequence[Picture] | None) -> list[Image]:
+def _open_row(entry: Picture | Sequence[Picture] | Clip | None) -> list[Image] | Clip:
     if entry is None:
         return []
+    if is_clip(entry):
+        return open_clip(entry)
     return [open_image(one) for one in entry] if isinstance(entry, list | tuple) else [open_image(entry)]
 
 
-def _message(images: list[Image], question: str) -> dict[str, Any]:
-    content = [{"type": "image", "image": image} for image in images]
+def _message(row: list[Image] | Clip, question: str, native: bool) -> dict[str, Any]:
+    if isinstance(row, Clip) and native:
+        content = [{"type": "video", "video": np.stack([np.asarray(frame) for frame in row.frames])}]
+    else:
+        content = [{"type": "image", "image": image} for image in (row.frames if isinstance(row, Clip) else row)]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def _video_facts(clips: Sequence[Clip]) -> dict[str, Any]:
+    """What a processor must be told of clips whose frames are chosen already."""
+    if not clips:
+        return {}
+    facts = [
+        {
+            "total_num_frames": len(clip),
+            "fps": clip.rate,
+            "frames_indices": list(range(len(clip))),
+            "duration": len(clip) / clip.rate,
+            "width": clip.size[0],
+            "height": clip.size[1],
+        }
+        for clip in clips
+    ]
+    return {"do_sample_frames": False, "video_metadata": facts}

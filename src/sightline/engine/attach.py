@@ -91,10 +91,9 @@ class Attachment:
             _require_vision(model, own if own.isdisjoint(VISION) else ())
         self.shape = shape_of(model, self.host)
         self.workers = [_worker(s, self.shape) for s in systems]
-        self.sequences = Sequences(
-            self, getattr(getattr(model, "config", None), getattr(self.host, "image_token", ""), None)
-        )
         self.front = Front(self)
+        config, names = getattr(model, "config", None), (getattr(self.host, n, None) for n in ("image_token", "video_token"))
+        self.sequences = Sequences(self, *(getattr(config, name or "", None) for name in names))
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self.heard: set[str] = set()  # towers whose attention has called a seat in the forward now running
         self.seats: list[Seat] = []  # at the decoder's attention, when a system needs them

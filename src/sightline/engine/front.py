@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from sightline.engine.attach import Attachment
     from sightline.engine.sequences import Sequence
 
-ENCODE = "get_image_features"  # transformers' name for the encoding, the same in every family
+# transformers' names for the encoding, the same in every family; whether it is that of videos
+ENCODERS = {"get_image_features": False, "get_video_features": True}
 PICTURES = {"vision_hidden", "vision_attention", "visual_tokens"}  # stations at which a site knows its pictures
 
 
@@ -42,9 +43,11 @@ class Front:
         tower = get(model, host.tower)
         layers = get(tower, host.tower_layers)
         base = model.base_model
-        if hasattr(base, ENCODE) and not used.isdisjoint(PICTURES):
-            base.__dict__[ENCODE] = self._around(getattr(base, ENCODE))
-            undo.callback(base.__dict__.pop, ENCODE, None)
+        for name, video in ENCODERS.items() if not used.isdisjoint(PICTURES) else ():
+            if hasattr(base, name):
+                base.__dict__[name] = self._around(getattr(base, name), video)
+                undo.callback(base.__dict__.pop, name, None)
+        if not used.isdisjoint(PICTURES):
             undo.callback(layers[0].register_forward_pre_hook(self._tower_begins, with_kwargs=True).remove)
         if "vision_hidden" in used:
             for i, layer in enumerate(layers):
@@ -62,7 +65,7 @@ class Front:
 
     # -- the encoding ---------------------------------------------------------------------------------------------
 
-    def _around(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+    def _around(self, encode: Callable[..., Any], video: bool) -> Callable[..., Any]:
         parameters = signature(encode)
 
         @wraps(encode)  # `generate` reads the signature
@@ -82,20 +85,22 @@ class Front:
             bound.apply_defaults()
             given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
             device = next(self.owner.model.parameters()).device
-            pictures.finish(partial(self._places, given, pictures.tower, token_count(output), device))
+            pictures.finish(partial(self._places, given, pictures.tower, token_count(output), device, video))
             return output
 
         return encoding
 
-    def _places(self, given: dict[str, Any], tower: tuple[int, int] | None, tokens: int, device: Any) -> Places:
+    def _places(
+        self, given: dict[str, Any], tower: tuple[int, int] | None, tokens: int, device: Any, video: bool
+    ) -> Places:
         from sightline.hosts.views import views
 
-        key = key_of(given, tower, tokens)
+        key = (*key_of(given, tower, tokens), video, _frames(given) if video else None)
         if key not in self._known:
             if len(self._known) >= 64:  # pictures of many sizes: forget the oldest
                 self._known.pop(next(iter(self._known)))
             model, host = self.owner.model, self.owner.host
-            layouts = views(model, host, given, tower or (0, 0), tokens)
+            layouts = views(model, host, given, tower or (0, 0), tokens, video)
             positions = tower_positions(model, layouts, host)
             self._known[key] = Places.of(layouts, positions, prefix(model, host), device)
         return self._known[key]
@@ -177,6 +182,11 @@ class Front:
         sequence = self.owner.sequences.current
         if sequence is not None and sequence.cut is not None and sequence.cut.source is not None:
             output.last_hidden_state = restore(output.last_hidden_state, sequence.cut.source)
+
+
+def _frames(given: dict[str, Any]) -> tuple[int, ...]:
+    """(videos, frames) where videos come as one stack."""
+    return tuple(given["pixel_values_videos"].shape[:2])
 
 
 def _spread(states: Tensor, alive: Tensor, width: int) -> Tensor:

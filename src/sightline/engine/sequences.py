@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,10 @@ class Sequence:
 class Sequences:
     """The sequences of one attachment."""
 
-    def __init__(self, owner: Attachment, image_token: int | None) -> None:
+    def __init__(self, owner: Attachment, image_token: int | None, video_token: int | None = None) -> None:
         self.owner = owner
         self.image_token = -1 if image_token is None else image_token
+        self.video_token = video_token
         self.current: Sequence | None = None
         self._uncached: Sequence | None = None
 
@@ -80,7 +82,7 @@ class Sequences:
                 )
             ids = given["inputs_embeds"].new_full(given["inputs_embeds"].shape[:2], -2, dtype=torch.long)
         start = past == 0
-        sequence = self._start(given, ids, mask, cache) if start else self._continue(known, ids, mask, past)
+        sequence = self._start(given, ids, mask, cache) if start else self._continue(given, known, ids, mask, past)
         sequence.queries = ids.shape[1]
         sequence.labels = given.get("labels")
         if sequence.prefill:
@@ -107,21 +109,38 @@ class Sequences:
         return sequence
 
     def _start(self, given: dict[str, Any], ids: Tensor, mask: Tensor | None, cache: Any) -> Sequence:
-        counts = _visual_counts(given, ids, self.image_token)
+        counts = self._counts(given, ids)
+        video = self._video(given)
         uncached = cache is None and given.get("use_cache") is False
         old = self._uncached if uncached else None
         if old is not None and _repeats(old.prompt, ids):  # generation without cache: the prompt and what came after it
-            tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts)
+            tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts, **video)
             old.tokens, old.cuts = tokens, self._uncut()
             return old
-        tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts)
+        tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts, **video)
         states = self.owner.vision_states
         self.owner.vision_states = [{} for _ in states]
         sequence = Sequence(tokens, states, self.owner, self._uncut(), prompt=ids if uncached else None)
         self._uncached = sequence if uncached else None
         return sequence
 
-    def _continue(self, known: Sequence | None, ids: Tensor, mask: Tensor | None, past: int) -> Sequence:
+    def _counts(self, given: dict[str, Any], ids: Tensor) -> list[int] | None:
+        """Visual tokens of every image of the batch; None where only the runs of placeholders can tell."""
+        count = getattr(self.owner.host, "image_counts", None)
+        if count is not None:
+            return count(self.owner.model.config, ids)
+        return _visual_counts(given, ids, self.image_token)
+
+    def _video(self, given: dict[str, Any]) -> dict[str, Any]:
+        """How the ledger tells the frames of videos apart, as arguments of `Tokens.from_ids`."""
+        count = getattr(self.owner.host, "frame_counts", None)
+        if self.video_token is None or count is None:
+            return {"video_token": self.video_token}
+        return {"video_token": self.video_token, "frame_counts": partial(count, self.owner.model.config, given)}
+
+    def _continue(
+        self, given: dict[str, Any], known: Sequence | None, ids: Tensor, mask: Tensor | None, past: int
+    ) -> Sequence:
         if known is None:
             warnings.warn(
                 "a cache filled before the systems were attached: its positions count as text before any image",
@@ -158,7 +177,7 @@ class Sequences:
                 state.update(seen)  # of pictures that `generate` encoded for this block
             self.owner.vision_states = [{} for _ in known.states]
             chunk = None if mask is None else mask[:, -ids.shape[1] :]
-            known.tokens = tokens.extend(Tokens.from_ids(ids, self.image_token, chunk))
+            known.tokens = tokens.extend(Tokens.from_ids(ids, self.image_token, chunk, **self._video(given)))
         else:
             known.tokens = tokens.generated()
         return known

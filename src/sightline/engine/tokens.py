@@ -1,5 +1,8 @@
 """The token ledger: what every position of every row is, kept true while the model runs.
 
+A video is a row of pictures here: picture k of its row is frame k (where a host merges neighbouring frames, group k of
+them), in the order of the prompt, whether the frames came in as pictures or through the host's own path for videos.
+
 A position is padding, the start token, text before or after the first image, an image token, or generated. The ledger is
 made from the ids of the (already expanded) batch, so beams and `num_return_sequences` need nothing special: a reordered
 cache only permutes rows of the same prompt, whose ledgers are equal.
@@ -18,7 +21,7 @@ import torch
 from sightline.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -41,7 +44,7 @@ class Tokens:
     """The ledger of one batch of sequences. B rows, N positions (all the keys seen so far)."""
 
     role: Tensor  # (B, N) int8, values of Role
-    image: Tensor  # (B, N) int16: which image of its row; -1 elsewhere
+    image: Tensor  # (B, N) int16: which image, or frame of a video, of its row; -1 elsewhere
     index: Tensor  # (B, N) int32: place among the visual tokens of its image; -1 elsewhere
     position: Tensor  # (B, N) int32: column in the original, unpruned sequence
     layouts: tuple[tuple[Layout, ...], ...] | None = None  # per row, per image
@@ -55,6 +58,8 @@ class Tokens:
         *,
         prompt: int | None = None,
         counts: Sequence[int] | None = None,
+        video_token: int | None = None,
+        frame_counts: Callable[[list[int]], Sequence[int]] | None = None,
     ) -> Tokens:
         """The ledger of a prompt.
 
@@ -65,11 +70,21 @@ class Tokens:
             prompt: positions from here on were generated (a forward without cache repeats them); None: none were.
             counts: visual tokens of every image of the batch in order (row by row). Without it, every unbroken run of
                 placeholders is taken as one image.
+            video_token: id of the placeholder of videos, where a host has one.
+            frame_counts: from the lengths of the runs of video placeholders to the visual tokens of every frame. Without
+                it, every unbroken run is taken as one frame.
         """
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
         visual = (ids == image_token) & real  # (B, N)
+        video = (ids == video_token) & real if video_token is not None else torch.zeros_like(real)
         if prompt is not None:
             visual[:, prompt:] = False
+            video[:, prompt:] = False
+        numbers = None
+        if video_token is not None and bool(video.any()):
+            frames = None if frame_counts is None else frame_counts(_runs(video))
+            numbers = _interleave(_number_images(visual, counts), _number_images(video, frames))
+            visual = visual | video
         first = torch.zeros_like(real)
         first.scatter_(1, real.int().argmax(1, keepdim=True), True)
         after = visual.int().cumsum(1) > 0
@@ -79,7 +94,7 @@ class Tokens:
         if prompt is not None:
             role[:, prompt:] = int(Role.GENERATED)
         role[~real] = int(Role.PAD)
-        image, index = _number_images(visual, counts)
+        image, index = numbers if numbers is not None else _number_images(visual, counts)
         position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32).expand_as(ids)
         return cls(role, image, index, position)
 
@@ -251,6 +266,27 @@ def _number_images(visual: Tensor, counts: Sequence[int] | None) -> tuple[Tensor
     first = first.scatter_reduce(1, image.clamp(min=0).long(), begin, reduce="amin")
     index = (order - first.gather(1, image.clamp(min=0).long())).masked_fill(~visual, -1)
     return image.to(torch.int16), index.to(torch.int32)
+
+
+def _interleave(images: tuple[Tensor, Tensor], frames: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Numbers of images and of frames, numbered together in the order of the prompt. (B, N) each."""
+    index = torch.maximum(images[1], frames[1])
+    together = (index == 0).int().cumsum(1) - 1
+    return together.masked_fill(index < 0, -1).to(torch.int16), index
+
+
+def _runs(visual: Tensor) -> list[int]:
+    """Lengths of the unbroken runs of a (B, N) mask, row by row."""
+    lengths = []
+    for row in visual.tolist():
+        before = False
+        for here in row:
+            if here and before:
+                lengths[-1] += 1
+            elif here:
+                lengths.append(1)
+            before = here
+    return lengths
 
 
 def _split_by_counts(visual: Tensor, counts: Sequence[int]) -> Tensor:

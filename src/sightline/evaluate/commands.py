@@ -24,7 +24,7 @@ On = Annotated[
     typer.Option(
         "--on",
         help="scenes:pope[:random|popular|adversarial], scenes:chair, mme, vqa, colour, count, relation, detail, "
-        "sycophancy, caption, pointing or all; or pope:FILE, chair:FOLDER, mme:PATH. May be repeated.",
+        "sycophancy, caption, pointing, video, haven or all (but the last two); or pope:FILE, chair:FOLDER, mme:PATH. May be repeated.",
     ),
 ]
 With = Annotated[

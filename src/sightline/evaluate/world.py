@@ -15,7 +15,7 @@ from PIL import Image
 
 from sightline import scenes
 from sightline.errors import ParameterError, UnknownNameError, nearest
-from sightline.evaluate import mme, pointing, scoring
+from sightline.evaluate import films, mme, pointing, scoring
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.task import Item, Task, check_items
 from sightline.scenes.asking import OPPOSITE, absent_kind
@@ -235,11 +235,12 @@ TASKS: dict[str, Callable[[World, int], Task]] = {
     "sycophancy": _sycophancy,
     "caption": lambda world, n: _captions(world, "caption", n),
     "pointing": _pointing,
+    "video": films.video,
 }
 GROUPS = {
     "pope": tuple(f"pope:{split}" for split in POPE_SPLITS),
     "vqa": ("colour", "count", "relation"),
-    "all": tuple(TASKS),
+    "all": tuple(name for name in TASKS if name != "video"),  # that one needs room for several pictures
 }
 
 

@@ -108,6 +108,18 @@ def shrunk(cut: Tiles, rows: int, columns: int) -> tuple[Part, tuple[int, int]]:
     return part, (rows, columns)
 
 
+def shrunk_view(canvas: Canvas, side: int, patch: int, count: int) -> Part:
+    """One view of side x side patches shrunk bilinearly to count x count tokens (OneVision's frames of a video)."""
+    x, y = canvas.spans(side, side, (patch, patch))
+    y, down = _shrink(y, range(side), count)
+    x, across = _shrink(x, range(side), count)
+    r, c = (index.ravel() for index in np.indices((count, count)))
+    low, high = down[r][:, :, None], across[c][:, None, :]
+    place = np.where((low < 0) | (high < 0), -1, low * side + high).reshape(len(r), 4)
+    patches = tuple(tuple(p for p in token if p >= 0) for token in place.tolist())
+    return Part(boxes(x[c], y[r]), np.zeros(len(r), int), np.stack([r, c], axis=1), patches)
+
+
 def _shrink(spans: np.ndarray, kept: range, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Even division of the kept patches' length into `count` spans, and the two patches each sample reads (-1: none)."""
     step = len(kept) / count

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     # (processor, processor outputs, [(width, height) of every original picture], model) -> one Layout per picture
     Layouts = Callable[[Any, Mapping[str, Any], Sequence[tuple[int, int]], Any], list[Layout]]
+    # the same for videos: [(width, height, frames) of every video] -> one Layout per frame
+    FrameLayouts = Callable[[Any, Mapping[str, Any], Sequence[tuple[int, int, int]], Any], list[Layout]]
     # (model, layouts) -> per picture (n, k, 2): row and place, in the tower's sequence, of every token's patches
     Order = Callable[[nn.Module, Sequence[Layout]], list[np.ndarray]]
     # (model, arguments of its encoding, (rows, patches) of the tower, visual tokens) -> one Layout per picture
@@ -43,9 +45,17 @@ class Host:
     projector: str = "model.multi_modal_projector"
     image_token: str = "image_token_id"  # attribute of model.config
     layouts: Layouts | None = None
+    # (config, input ids) -> visual tokens of every image, where they stand in several runs; None: the host's features tell
+    image_counts: Callable[[Any, Any], list[int]] | None = None
+    video: bool = False  # its processors take videos
+    video_token: str | None = None  # attribute of model.config; None: videos use the image token
+    # (config, arguments of the forward, (n,) lengths of the runs of video tokens) -> visual tokens of every frame
+    frame_counts: Callable[[Any, Mapping[str, Any], list[int]], list[int]] | None = None
+    frame_layouts: FrameLayouts | None = None  # one Layout per frame, or per group of merged frames
     tower_order: Order | None = (
         None  # None: a crop is a row of the tower's batch, its patches row-major after the prefix
     )
+    video_views: Views | None = None  # the same of `get_video_features`, one Layout per frame
     views: Views | None = None  # layouts from the arguments of the encoding alone; None: every row of the tower is one
     merged: bool = False  # a visual token is made of several patches of the tower
     deepstack: str | None = None  # path in model.config: tower layers whose features the first decoder layers add again

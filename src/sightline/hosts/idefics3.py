@@ -36,6 +36,32 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
     raise InputError(f"pictures of sizes {list(sizes)} do not give {views} views: {ADVICE}")
 
 
+def image_counts(config: Any, ids: Any) -> list[int]:
+    """Tokens of every picture: its views stand apart, the whole picture last, and behind the same marker everywhere."""
+    counts = []
+    for row in ids.tolist():
+        starts = [k for k, i in enumerate(row) if i == config.image_token_id and (k == 0 or row[k - 1] != i)]
+        whole = row[starts[-1] - 1] if starts else None  # the marker: what stands before the last view of a row
+        begun = 0
+        for k, start in enumerate(starts):
+            end = starts[k + 1] if k + 1 < len(starts) else len(row)
+            begun += row[start:end].count(config.image_token_id)
+            if row[start - 1] == whole:
+                counts.append(begun)
+                begun = 0
+    return counts
+
+
+def frame_layouts(
+    processor: Any, inputs: Mapping[str, Any], shapes: Sequence[tuple[int, int, int]], model: Any
+) -> list[Layout]:
+    """SmolVLM: every frame is stretched to one view."""
+    tile = edge(processor.video_processor.max_image_size, "longest_edge")
+    patch, factor = int(model.config.vision_config.patch_size), model.config.scale_factor
+    views = ((w, h, Canvas(w, h).resize(tile, tile)) for w, h, frames in shapes for _ in range(frames))
+    return [_layout((w, h), [view], patch, factor) for w, h, view in views]
+
+
 def _views(size: tuple[int, int], pictures: Any, tile: int, split: bool) -> list[Canvas]:
     """The tiles of a picture and last the whole; each is tile x tile pixels."""
     canvas = Canvas(*size)
@@ -100,5 +126,8 @@ IDEFICS3 = register(
         projector="model.connector",
         layouts=layouts,
         merged=True,
+        image_counts=image_counts,
+        video=True,
+        frame_layouts=frame_layouts,
     )
 )

@@ -33,6 +33,16 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
     raise InputError(f"pictures of sizes {list(sizes)} do not give {inputs['pixel_values'].shape[0]} tiles: {ADVICE}")
 
 
+def frame_layouts(
+    processor: Any, inputs: Mapping[str, Any], shapes: Sequence[tuple[int, int, int]], model: Any
+) -> list[Layout]:
+    """Every frame is stretched to one tile."""
+    side = processor.video_processor.size
+    patch, merge = pair(model.config.vision_config.patch_size), round(1 / model.config.downsample_ratio)
+    tile = edge(side, "height"), edge(side, "width")
+    return [_tiled((w, h), (1, 1), tile, patch, merge) for w, h, frames in shapes for _ in range(frames)]
+
+
 def _shape(size: tuple[int, int], tile: tuple[int, int], limits: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of tiles, of which there are between the two limits."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
@@ -64,5 +74,7 @@ INTERNVL = register(
         tower_prefix=1,
         layouts=layouts,
         merged=True,
+        video=True,
+        frame_layouts=frame_layouts,
     )
 )

@@ -7,8 +7,8 @@ added to the visual positions again after decoder layers 0, 1, 2: a system that 
 from __future__ import annotations
 
 from sightline.hosts.base import Host, register
-from sightline.hosts.qwen_vl import layouts, packed_order
-from sightline.hosts.views import packed_views
+from sightline.hosts.qwen_vl import frame_counts, frame_layouts, layouts, packed_order
+from sightline.hosts.views import packed_video_views, packed_views
 
 QWEN3_VL = register(
     Host(
@@ -19,8 +19,13 @@ QWEN3_VL = register(
         tower_attention="attn",
         projector="model.visual.merger",
         layouts=layouts,
+        video=True,
+        video_token="video_token_id",
+        frame_counts=frame_counts,
+        frame_layouts=frame_layouts,
         tower_order=packed_order,
         views=packed_views,
+        video_views=packed_video_views,
         merged=True,
         deepstack="vision_config.deepstack_visual_indexes",
     )

@@ -16,7 +16,7 @@ from sightline.hosts.base import Host, register
 from sightline.hosts.canvas import Canvas, grid, join
 from sightline.hosts.checks import ADVICE, require_count
 from sightline.hosts.geometry import Layout
-from sightline.hosts.views import packed_views
+from sightline.hosts.views import packed_video_views, packed_views
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
@@ -24,14 +24,47 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
     require_count("image_grid_thw", inputs, sizes)
     vision = model.config.vision_config
     patch, merge = int(vision.patch_size), int(vision.spatial_merge_size)
+    grids = inputs["image_grid_thw"].tolist()
+    return [_layout(size, rows, columns, patch, merge) for size, (_, rows, columns) in zip(sizes, grids, strict=True)]
+
+
+def frame_counts(config: Any, given: Mapping[str, Any], runs: list[int]) -> list[int]:
+    """Tokens of every group of `temporal_patch_size` frames.
+
+    From `video_grid_thw`; `generate` keeps that to itself once the videos are encoded, and gives positions instead:
+    there a frame begins where the row number falls back, or the column number does without a new row.
+    """
+    if given.get("video_grid_thw") is not None:
+        merge = int(config.vision_config.spatial_merge_size)
+        return [h * w // merge**2 for t, h, w in given["video_grid_thw"].tolist() for _ in range(t)]
+    if given.get("position_ids") is None:
+        return runs
+    video = given["input_ids"] == config.video_token_id
+    down, across = (axis[video].diff() for axis in given["position_ids"][-2:])  # (n - 1,) in the order of the prompt
+    new = (down < 0) | ((across < 0) & (down == 0))
+    new[np.cumsum(runs)[:-1] - 1] = True
+    edges = [0, *(new.nonzero().flatten() + 1).tolist(), sum(runs)]
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def frame_layouts(
+    processor: Any, inputs: Mapping[str, Any], shapes: Sequence[tuple[int, int, int]], model: Any
+) -> list[Layout]:
+    """One layout per group of merged frames; they all look at the same places."""
+    require_count("video_grid_thw", inputs, shapes)
+    vision = model.config.vision_config
     found = []
-    for size, (_, rows, columns) in zip(sizes, inputs["image_grid_thw"].tolist(), strict=True):
-        canvas = Canvas(*size).resize(columns * patch, rows * patch)
-        shape = (rows // merge, columns // merge)
-        _require_ratio(size, shape)
-        part = grid(canvas, 0, *shape, (patch * merge, patch * merge), merge)
-        found.append(join(size, [part], [shape], [(rows, columns)]))
+    for (*size, _), (t, rows, columns) in zip(shapes, inputs["video_grid_thw"].tolist(), strict=True):
+        found += [_layout(tuple(size), rows, columns, int(vision.patch_size), int(vision.spatial_merge_size))] * t
     return found
+
+
+def _layout(size: tuple[int, int], rows: int, columns: int, patch: int, merge: int) -> Layout:
+    canvas = Canvas(*size).resize(columns * patch, rows * patch)
+    shape = (rows // merge, columns // merge)
+    _require_ratio(size, shape)
+    part = grid(canvas, 0, *shape, (patch * merge, patch * merge), merge)
+    return join(size, [part], [shape], [(rows, columns)])
 
 
 def _require_ratio(size: tuple[int, int], shape: tuple[int, int]) -> None:
@@ -87,8 +120,13 @@ QWEN2_VL = register(
         tower_attention="attn",
         projector="model.visual.merger",
         layouts=layouts,
+        video=True,
+        video_token="video_token_id",
+        frame_counts=frame_counts,
+        frame_layouts=frame_layouts,
         tower_order=packed_order,
         views=packed_views,
+        video_views=packed_video_views,
         merged=True,
     )
 )
@@ -101,8 +139,13 @@ QWEN2_5_VL = register(
         tower_attention="attn",
         projector="model.visual.merger",
         layouts=layouts,
+        video=True,
+        video_token="video_token_id",
+        frame_counts=frame_counts,
+        frame_layouts=frame_layouts,
         tower_order=window_order,
         views=packed_views,
+        video_views=packed_video_views,
         merged=True,
     )
 )

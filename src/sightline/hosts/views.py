@@ -12,29 +12,32 @@ from functools import lru_cache
 from typing import Any
 
 from sightline.errors import HostError
-from sightline.hosts.anyres import anyres, tiles, view
+from sightline.hosts.anyres import anyres, shrunk_view, tiles, view
 from sightline.hosts.base import Host, prefix
 from sightline.hosts.canvas import Canvas, grid, join, separators
 from sightline.hosts.geometry import Layout
 
 
-def views(model: Any, host: Host, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
-    """One Layout per picture of an encoding.
+def views(
+    model: Any, host: Host, given: Mapping[str, Any], tower: tuple[int, int], tokens: int, video: bool = False
+) -> list[Layout]:
+    """One Layout per picture, or frame, of an encoding.
 
     Args:
         given: arguments of the host's `get_image_features`.
         tower: (rows, tokens per row) of the tower's batch, class token included.
         tokens: visual tokens that came out for all pictures together.
+        video: whether it is the encoding of videos; `given` are then arguments of `get_video_features`.
 
     Raises:
         HostError: they do not explain that number of tokens.
     """
-    find = one_view_per_row if host.views is None else host.views
+    find = (host.video_views if video else host.views) or one_view_per_row
     found = find(model, given, (tower[0], tower[1] - prefix(model, host)), tokens)
     if sum(len(layout) for layout in found) != tokens:
         raise HostError(
             f"host {host.name!r}: the geometry gives {sum(len(x) for x in found)} visual tokens, the tower {tokens}; "
-            "video, or an encoding with settings of its own, is not understood here"
+            "an encoding with settings of its own is not understood here"
         )
     return found
 
@@ -84,6 +87,29 @@ def packed_views(model: Any, given: Mapping[str, Any], tower: tuple[int, int], t
     """Qwen's pictures of any size, from `image_grid_thw`."""
     merge = int(model.config.vision_config.spatial_merge_size)
     return [packed(int(rows), int(columns), merge) for _, rows, columns in _numbers(given["image_grid_thw"])]
+
+
+def packed_video_views(model: Any, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
+    """Qwen's videos, one layout per group of merged frames, from `video_grid_thw`."""
+    merge = int(model.config.vision_config.spatial_merge_size)
+    grids = _numbers(given["video_grid_thw"])
+    return [packed(int(rows), int(columns), merge) for t, rows, columns in grids for _ in range(t)]
+
+
+def shrunk_video_views(model: Any, given: Mapping[str, Any], tower: tuple[int, int], tokens: int) -> list[Layout]:
+    """LLaVA-OneVision's videos: every frame one view, shrunk to half its rows and columns; a newline ends the video."""
+    videos, frames = given["pixel_values_videos"].shape[:2]
+    side = math.isqrt(tower[1])
+    return shrunk_frames((side, side), side, 1, frames) * videos
+
+
+def shrunk_frames(size: tuple[int, int], side: int, patch: int, frames: int) -> list[Layout]:
+    """The layouts of a video of frames of `size`, each a view of side x side patches that is shrunk to half of it."""
+    count = math.ceil(side / 2)
+    part = shrunk_view(Canvas(*size).resize(side * patch, side * patch), side, patch, count)
+    whole = join(size, [part], [(count, count)], [(side, side)])
+    last = join(size, [part, separators()], [(count, count)], [(side, side)])
+    return [whole] * (frames - 1) + [last]
 
 
 @lru_cache

@@ -84,7 +84,7 @@ class Folder:
 
     def _enter(self, name: str, digest: str) -> None:
         """Note a file as ours before it is in place; the former content stays ours too, should we be stopped here."""
-        self._written[name] = [*self._written.get(name, [])[-1:], digest]
+        self._written[name] = [*(old for old in self._written.get(name, [])[-1:] if old != digest), digest]
         manifest = {"made_by": MAKER, "files": dict(sorted(self._written.items()))}
         _atomic(self.root / MANIFEST, [json.dumps(manifest, indent=1).encode(), b"\n"])
 

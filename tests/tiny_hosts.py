@@ -86,7 +86,7 @@ def llava_onevision() -> TinyHost:
         num_image_tokens=16,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_4",
-        chat_template=chat_template("<image>"),
+        chat_template=chat_template("<image>", "<video>"),
     )
     model = tf.LlavaOnevisionForConditionalGeneration(config)
     return finish("llava_onevision", model, processor, nested=True)
@@ -99,6 +99,8 @@ QWEN_TOKENS = {
     "vision_end_token": "<|vision_end|>",
 }
 QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+FILM_SIZE = {"shortest_edge": 4 * 256, "longest_edge": 48 * 256}
 
 
 def qwen_ids(tokenizer: Any) -> dict[str, int]:
@@ -121,8 +123,8 @@ def qwen2_vl() -> TinyHost:
     processor = tf.Qwen2VLProcessor(
         tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 4 * 256, "longest_edge": 24 * 256}),
         tokenizer,
-        tf.Qwen2VLVideoProcessor(patch_size=8),
-        chat_template=chat_template(QWEN_PLACEHOLDER),
+        tf.Qwen2VLVideoProcessor(patch_size=8, size=FILM_SIZE),
+        chat_template=chat_template(QWEN_PLACEHOLDER, QWEN_VIDEO),
     )
     model = tf.Qwen2VLForConditionalGeneration(config)
     return finish("qwen2_vl", model, processor, placeholder=QWEN_PLACEHOLDER)
@@ -152,8 +154,8 @@ def qwen2_5_vl() -> TinyHost:
     processor = tf.Qwen2_5_VLProcessor(
         tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 4 * 256, "longest_edge": 24 * 256}),
         tokenizer,
-        tf.Qwen2VLVideoProcessor(patch_size=8),
-        chat_template=chat_template(QWEN_PLACEHOLDER),
+        tf.Qwen2VLVideoProcessor(patch_size=8, size=FILM_SIZE),
+        chat_template=chat_template(QWEN_PLACEHOLDER, QWEN_VIDEO),
     )
     model = tf.Qwen2_5_VLForConditionalGeneration(config)
     return finish("qwen2_5_vl", model, processor, placeholder=QWEN_PLACEHOLDER)
@@ -186,8 +188,8 @@ def qwen3_vl() -> TinyHost:
     processor = tf.Qwen3VLProcessor(
         tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 4 * 256, "longest_edge": 24 * 256}),
         tokenizer,
-        tf.Qwen3VLVideoProcessor(patch_size=8),
-        chat_template=chat_template(QWEN_PLACEHOLDER),
+        tf.Qwen3VLVideoProcessor(patch_size=8, size=FILM_SIZE),
+        chat_template=chat_template(QWEN_PLACEHOLDER, QWEN_VIDEO),
     )
     model = tf.Qwen3VLForConditionalGeneration(config)
     return finish("qwen3_vl", model, processor, placeholder=QWEN_PLACEHOLDER)
@@ -217,7 +219,7 @@ def internvl() -> TinyHost:
         tokenizer,
         tf.InternVLVideoProcessor(size=size),
         image_seq_length=9,
-        chat_template=chat_template("<IMG_CONTEXT>"),
+        chat_template=chat_template("<IMG_CONTEXT>", "<video>"),
     )
     model = tf.InternVLForConditionalGeneration(config)
     return finish("internvl", model, processor, placeholder="<IMG_CONTEXT>")
@@ -270,7 +272,7 @@ def smolvlm() -> TinyHost:
         tokenizer,
         tf.SmolVLMVideoProcessor(**size),
         image_seq_len=4,
-        chat_template=chat_template("<image>"),
+        chat_template=chat_template("<image>", "<video>"),
     )
     return finish("smolvlm", tf.SmolVLMForConditionalGeneration(config), processor, nested=True)
 

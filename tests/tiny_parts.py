@@ -51,11 +51,15 @@ def make_tokenizer(named: dict[str, str], others: tuple[str, ...] = ()) -> tf.Pr
     )
 
 
-def chat_template(image: str) -> str:
-    """A minimal chat template that writes `image` for every picture."""
+def chat_template(image: str, video: str = "") -> str:
+    """A minimal chat template that writes `image` for every picture and `video` for every video."""
     return (
         "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}" + image + "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+        "{% if c['type'] == 'image' %}"
+        + image
+        + "{% elif c['type'] == 'video' %}"
+        + video
+        + "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
 

@@ -27,11 +27,13 @@ _MODULES = (
     "steer",
 )
 _NAMES = {
+    "Clip": "sightline.clips",
     "attach": "sightline.engine.attach",
     "detach": "sightline.engine.attach",
     "record": "sightline.engine.record",
     "load": "sightline.loading",
     "look": "sightline.looking",
+    "open_clip": "sightline.clips",
 }
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         scenes,
         steer,
     )
+    from sightline.clips import Clip, open_clip
     from sightline.engine.attach import attach, detach
     from sightline.engine.record import record
     from sightline.loading import load

@@ -91,7 +91,10 @@ def _options(
 @app.command()
 def look(
     image: Annotated[
-        str | None, typer.Argument(help="A picture; film.gif#3 picks a frame. Left out: the bundled example, with var.")
+        str | None,
+        typer.Argument(
+            help="A picture, an animation or a folder of frames; film.gif#3 is one frame. Left out: the bundled example."
+        ),
     ] = None,
     question: Annotated[str | None, typer.Argument(help="What to ask about it.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="tiny (bundled), a folder, or a Hub id.")] = "tiny",
@@ -113,6 +116,7 @@ def look(
     json: Json = False,
 ) -> None:
     """Ask a model about a picture: the answer without and with systems, where it looked, and a report."""
+    from sightline.clips import is_clip, open_clip
     from sightline.images import open_image
     from sightline.lvlm import check_max_new_tokens, check_question
     from sightline.outfolder import fresh_folder
@@ -124,7 +128,7 @@ def look(
     name = "example" if image is None else Path(image).stem
     if image is None:
         image, question, systems = _example(systems)
-    picture = open_image(image)
+    picture = open_clip(image) if is_clip(image) else open_image(image)
     out = Path(f"look-{name}") if out is None else out.expanduser()
     placement = {"device_map": device_map, "quantization": quantization}
     options = {key: value for key, value in placement.items() if value is not None}

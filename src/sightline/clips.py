@@ -32,7 +32,9 @@ class Clip:
 
     def __post_init__(self) -> None:
         if not self.frames or len(self.frames) != len(self.times):
-            raise InputError(f"{self.name}: {len(self.frames)} frames and {len(self.times)} times; give one time a frame")
+            raise InputError(
+                f"{self.name}: {len(self.frames)} frames and {len(self.times)} times; give one time a frame"
+            )
         if any(b <= a for a, b in zip(self.times, self.times[1:], strict=False)):
             raise InputError(f"{self.name}: times {self.times[:4]}... must increase")
         sizes = {frame.size for frame in self.frames}

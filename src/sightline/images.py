@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -121,6 +122,16 @@ def _identify(file: io.BufferedIOBase, head: bytes, name: str) -> Image.Image:
         raise InputError(_too_large(name, f"{int(pixels[0])} pixels" if pixels else str(error))) from error
     except _DAMAGE as error:
         raise InputError(f"cannot read {name!r}: {_foreign(head, error)}") from error
+
+
+def tiled(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Pictures row by row in equal cells, `columns` to a row, with thin white gaps."""
+    width, height = max(p.width for p in pictures) + gap, max(p.height for p in pictures) + gap
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * width + gap, rows * height + gap), (255, 255, 255))
+    for k, picture in enumerate(pictures):
+        page.paste(picture, (gap + k % columns * width, gap + k // columns * height))
+    return page
 
 
 def count_frames(path: str | os.PathLike) -> int:

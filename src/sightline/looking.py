@@ -64,7 +64,7 @@ class Run:
 class Look:
     """The result of `look`: the same question without systems (runs[0]) and, when asked for, with them (runs[1])."""
 
-    image: Image.Image  # upright RGB, original size
+    image: Image.Image  # upright RGB, original size; of a video its frames on one page
     question: str
     model: str
     layout: Layout  # where the V visual tokens lie on the picture
@@ -106,7 +106,8 @@ def look(
     """Ask a model about a picture, without and with systems, and keep what it looked at.
 
     Args:
-        image: path, PIL image or array; None: the bundled example.
+        image: path, PIL image or array; the path of an animation or a folder of frames, or a `Clip`, is a video, which the
+            report shows frame beside frame; None: the bundled example.
         question: what to ask; None: the example's question (only with the example), else "What is in this picture?".
         model: "tiny" (bundled), a Hub id, a folder, or a loaded `LVLM`.
         systems: instances such as `sl.steer.VAR()`; none: only the plain answer.
@@ -117,8 +118,11 @@ def look(
     Raises:
         InputError, ModelError, ParameterError: before any work is done.
     """
+    from sightline.clips import is_clip, open_clip
+    from sightline.engine.passes import planned
     from sightline.engine.record import record
     from sightline.hosts import layouts
+    from sightline.hosts.pages import page
     from sightline.images import open_image
     from sightline.loading import LVLM, load
     from sightline.lvlm import check_max_new_tokens
@@ -128,16 +132,21 @@ def look(
         image, example_question = example()
         question = example_question if question is None else question
     question = DEFAULT_QUESTION if question is None else question
-    picture = open_image(image)
+    clip = open_clip(image) if is_clip(image) else None
+    picture = open_image(image) if clip is None else clip.frames[0]
     lvlm = model if isinstance(model, LVLM) else load(model, device=device, dtype=dtype, **loading)
-    inputs = lvlm.inputs(picture, question)
-    layout = layouts(lvlm.model, lvlm.processor, inputs, [picture.size], host=lvlm.host)[0]
+    inputs = lvlm.inputs(picture if clip is None else clip, question)
+    frames = (picture,) if clip is None else clip.frames
+    if clip is None:
+        layout = layouts(lvlm.model, lvlm.processor, inputs, [picture.size], host=lvlm.host)[0]
+    else:
+        picture, layout = page(lvlm, inputs, clip)
     var = next((s for s in systems if s.slug == "var"), None)  # what it calls a sink is marked in both runs
     sinks = {"tau": getattr(var, "tau", None), "sink_dims": getattr(var, "sink_dims", None)}
     runs = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for chosen in [(), tuple(systems)] if systems else [()]:
+        for chosen in [(), planned(systems, lvlm, frames, question)] if systems else [()]:
             torch.manual_seed(seed)
             runs.append(_run(lvlm, inputs, chosen, max_new_tokens, record(image_rows=True, **sinks)))
     return Look(picture, question, lvlm.name, layout, tuple(runs), _settings(lvlm, systems, max_new_tokens, seed),

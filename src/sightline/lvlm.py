@@ -148,18 +148,31 @@ class LVLM:
         Returns:
             The answer; a list of answers when a list was given or several sequences per question were asked for.
         """
-        import torch
+        from sightline.engine.passes import planned, plans
 
         check_max_new_tokens(max_new_tokens)
-        batch = self.inputs(images, questions)
-        length = batch["input_ids"].shape[1]
-        self._check_context(length, max_new_tokens)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        with self._attached(systems), torch.inference_mode():
-            ids = self.model.generate(**batch, **options)  # (B, length + new)
-        answers = [text.strip() for text in self.processor.batch_decode(ids[:, length:], skip_special_tokens=True)]
+        if plans(systems):  # they ask the model about every question by itself
+            answers = []
+            for row, question in zip(*_pair(images, questions), strict=True):
+                chosen = planned(systems, self, row.frames if isinstance(row, Clip) else row, question)
+                answers += self._answers([row], [question], chosen, options)
+        else:
+            answers = self._answers(images, questions, systems, options)
         single = isinstance(questions, str) and not _is_batch(images) and len(answers) == 1
         return answers[0] if single else answers
+
+    def _answers(
+        self, images: Any, questions: str | Sequence[str], systems: Sequence[System], options: dict[str, Any]
+    ) -> list[str]:
+        import torch
+
+        batch = self.inputs(images, questions)
+        length = batch["input_ids"].shape[1]
+        self._check_context(length, options["max_new_tokens"])
+        with self._attached(systems), torch.inference_mode():
+            ids = self.model.generate(**batch, **options)  # (B, length + new)
+        return [text.strip() for text in self.processor.batch_decode(ids[:, length:], skip_special_tokens=True)]
 
     def _attached(self, systems: Sequence[System]) -> AbstractContextManager:
         if not systems:  # so that `ask` also works while the caller has systems attached

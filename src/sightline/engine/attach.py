@@ -22,7 +22,7 @@ from sightline.engine.front import Front
 from sightline.engine.seats import Seat, switch_attention
 from sightline.engine.sequences import Sequences, made_cache
 from sightline.engine.system import Shape, Site, System
-from sightline.errors import AttachError, HostError, ParameterError
+from sightline.errors import AttachError, HostError, ParameterError, UnknownNameError, nearest
 from sightline.hosts import Host, ViTHost, check, feature_layer, find, get, prefix
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ class Attachment:
         self.shape = shape_of(model, self.host)
         self.workers = [_worker(s, self.shape) for s in systems]
         self.front = Front(self)
-        config, names = getattr(model, "config", None), (getattr(self.host, n, None) for n in ("image_token", "video_token"))
+        config, names = (
+            getattr(model, "config", None),
+            (getattr(self.host, n, None) for n in ("image_token", "video_token")),
+        )
         self.sequences = Sequences(self, *(getattr(config, name or "", None) for name in names))
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self.heard: set[str] = set()  # towers whose attention has called a seat in the forward now running
@@ -115,6 +118,14 @@ class Attachment:
     def close(self) -> None:
         """Leave. Safe to call twice."""
         self._undo.close()
+
+    def setup(self, slug: str) -> Any:
+        """What a system prepared on entry, for example parameters to train; UnknownNameError when it is not attached."""
+        for worker in self.workers:
+            if worker.system.slug == slug:
+                return worker.setup
+        names = [w.system.slug for w in self.workers]
+        raise UnknownNameError(f"{slug!r} is not attached: {nearest(slug, names)}")
 
     def report(self) -> dict[str, dict[str, Any]]:
         """What every system did since entry: {its name: plain numbers}."""
@@ -362,8 +373,14 @@ def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
         getattr(config, "num_key_value_heads", None) or heads,
         config.hidden_size,
         first_states=partial(first_states, model, host),
+        input_norm=lambda layer, states: get(_layer(model, host, layer), host.input_norm)(states),
+        key_value=lambda layer: tuple(get(_layer(model, host, layer), f"{host.attention}.{n}") for n in host.key_value),
         **tower,
     )
+
+
+def _layer(model: nn.Module, host: Host, layer: int) -> nn.Module:
+    return get(get(model, host.decoder), host.layers)[layer]
 
 
 def _check(model: nn.Module, systems: tuple[System, ...]) -> None:

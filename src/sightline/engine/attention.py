@@ -51,7 +51,7 @@ class Edit:
     """What a system does to one attention call. Everything counts columns as the token ledger does (N positions).
 
     Queries [start, stop) of the block are edited, of these only the ones in `rows`. In order: `bias`, `factors`,
-    `rewrite`, `gain`.
+    `rewrite`, `gain`, `after`.
     """
 
     start: int = 0
@@ -62,6 +62,7 @@ class Edit:
     factors: Callable[[Tensor, int], Tensor] | None = None  # (masses (B, H, R, G), first row) -> factors (B, H, R, G)
     rewrite: Callable[[Tensor, int], Tensor] | None = None  # (weights (B, H, R, K), first row) -> weights
     gain: Tensor | None = None  # (B|1, H, stop - start | 1) factor on head outputs
+    after: Callable[[Tensor, int], Tensor] | None = None  # (outputs (B, R, H, Dv), first row) -> outputs; last of all
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,30 @@ def attend(
     Returns:
         What `plain` returns, with the edited rows replaced. Rows that no edit touches are the host's, bit for bit.
     """
+    output, weights = _attend(call, plain, [e for e in edits if not _only_after(e)], probes)
+    for edit in edits:
+        if edit.after is not None:
+            output = _after(output, edit)
+    return output, weights
+
+
+def _only_after(edit: Edit) -> bool:
+    return edit.after is not None and edit.bias is edit.factors is edit.rewrite is edit.gain is None
+
+
+def _after(output: Tensor, edit: Edit) -> Tensor:
+    """(B, Q, H, Dv) outputs with those of the edit's rows replaced."""
+    start, stop = edit.start, output.shape[1] if edit.stop is None else edit.stop
+    old = output[:, start:stop]
+    new = edit.after(old, start).to(old.dtype)
+    if edit.rows is not None:
+        new = torch.where(edit.rows[..., None, None], new, old)
+    return new if new.shape == output.shape else torch.cat([output[:, :start], new, output[:, stop:]], 1)
+
+
+def _attend(
+    call: Call, plain: Callable[[], tuple[Tensor, Tensor | None]], edits: Sequence[Edit], probes: Sequence[Probe]
+) -> tuple[Tensor, Tensor | None]:
     queries = call.queries
     touched = _union(edits, queries)
     decoding = touched and touched == (0, 1) == (0, queries) and not call.weights

@@ -169,6 +169,8 @@ class Front:
 
     def _shortened(self, sequence: Sequence, given: dict[str, Any], keep: Keep) -> dict[str, Any]:
         config = self.owner.model.config.get_text_config()
+        if keep.states is not None:
+            given = {**given, "inputs_embeds": keep.states}
         found = shorten(given, keep, sequence.tokens, getattr(config, "sliding_window", None))
         if found is None:
             return given

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from sightline.engine.system import Site
     from sightline.hosts.geometry import Layout
 
-SMALL = ("image_sizes", "image_grid_thw", "batch_num_images", "video_grid_thw")  # arguments of the encoding that its geometry depends on
+SMALL = (
+    "image_sizes",
+    "image_grid_thw",
+    "batch_num_images",
+    "video_grid_thw",
+)  # arguments of the encoding that its geometry depends on
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Keep:
 
     mask: Tensor  # (B, Q) bool; padding and text may be left out too, but rarely should
     positions: Literal["renumber", "keep"] = "renumber"  # count the kept ones without gaps, or leave their positions
-    states: Tensor | None = None  # (B, Q, D) in a tower: with what was merged into kept tokens; None: as they are
+    states: Tensor | None = None  # (B, Q, D) what stands at the positions from now on; None: what stood there
 
 
 def fraction(count: int, ratio: float, *, least: int = 1) -> int:

@@ -114,7 +114,9 @@ class Sequences:
         uncached = cache is None and given.get("use_cache") is False
         old = self._uncached if uncached else None
         if old is not None and _repeats(old.prompt, ids):  # generation without cache: the prompt and what came after it
-            tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts, **video)
+            tokens = Tokens.from_ids(
+                ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts, **video
+            )
             old.tokens, old.cuts = tokens, self._uncut()
             return old
         tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts, **video)

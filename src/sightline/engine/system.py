@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sightline.engine.attention import Call, Edit, Only, Probe
     from sightline.engine.cuts import View
+    from sightline.engine.passes import Passes
     from sightline.engine.pictures import Pictures
     from sightline.engine.select import Keep
     from sightline.engine.tokens import Tokens
@@ -44,6 +45,8 @@ class Shape:
     heads_kv: int
     hidden_size: int
     first_states: Callable[[], Tensor]  # () -> (L, D) fp32: first token's state entering every layer (runs the model)
+    input_norm: Callable[[int, Tensor], Tensor] | None = None  # (layer, its input states) -> what its attention reads
+    key_value: Callable[[int], tuple[nn.Linear, nn.Linear]] | None = None  # (layer) -> its key and value projections
     tower_layers: int = 0
     tower_prefix: int = 0  # class token and registers before the patches in the tower's sequence
     feature_layer: int = -1  # 0-based tower layer whose output goes to the projector
@@ -89,6 +92,10 @@ class System:
 
     def prepare(self, shape: Shape) -> Any:
         """Called once on entry, before anything is changed. What it returns is `site.setup`. May raise ParameterError."""
+
+    def plan(self, passes: Passes) -> System:
+        """What to attach for one question, where the caller lets systems ask the model first (`lvlm.ask`, `look`)."""
+        return self
 
     def idle(self) -> bool:
         """True when the parameters make this system change nothing (strength 0): the engine then leaves the host alone."""

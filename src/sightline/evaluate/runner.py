@@ -148,14 +148,39 @@ def run(workers: Workers, work: Work, folder: RunFolder, console: Console) -> No
 
 def answer(lvlm: LVLM, work: Work, shard: Shard) -> list[dict[str, Any]]:
     """The rows of answers.jsonl of one shard."""
+    from sightline.engine.passes import plans
+
+    name, label, _ = shard
+    task, batch, systems = work.tasks[name], work.items(shard), work.rows[label]
+    if not plans(systems):
+        return _answered(lvlm, work, name, label, batch, systems)
+    rows = []
+    for item in batch:  # such systems are other ones for every question
+        rows += _answered(lvlm, work, name, label, [item], _planned(lvlm, systems, task, item))
+    return rows
+
+
+def _planned(lvlm: LVLM, systems: Sequence[System], task: Task, item: Item) -> tuple[System, ...]:
+    from sightline.clips import is_clip, open_clip
+    from sightline.engine.passes import planned
+    from sightline.images import open_image
+
+    shown = task.open(item)
+    frames = open_clip(shown).frames if is_clip(shown) else (open_image(shown),)
+    return planned(systems, lvlm, frames, task.prompt(item))
+
+
+def _answered(
+    lvlm: LVLM, work: Work, name: str, label: str, batch: Sequence[Item], systems: Sequence[System]
+) -> list[dict[str, Any]]:
+    """The rows of some questions under systems that are attached for them."""
     from sightline.engine.attach import attach
     from sightline.engine.record import record
 
-    name, label, _ = shard
-    task, batch = work.tasks[name], work.items(shard)
+    task = work.tasks[name]
     # Attached anew per batch: recordings and the systems' own memory must not grow with the run.
     observer = record(image_rows=True, sinks=False) if task.observe else None
-    used = (*work.rows[label], observer) if observer else work.rows[label]
+    used = (*systems, observer) if observer else systems
     with attach(lvlm.model, *used, host=lvlm.host):
         inputs, answers = generate(lvlm, task, batch, work.decoding)
     seen = task.observe(lvlm, batch, inputs, observer.seen) if observer else [{}] * len(batch)

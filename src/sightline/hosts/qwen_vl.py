@@ -6,6 +6,7 @@ patches in the order of their 2 x 2 blocks; Qwen2.5-VL moves blocks into windows
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def frame_counts(config: Any, given: Mapping[str, Any], runs: list[int]) -> list
     new = (down < 0) | ((across < 0) & (down == 0))
     new[np.cumsum(runs)[:-1] - 1] = True
     edges = [0, *(new.nonzero().flatten() + 1).tolist(), sum(runs)]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def frame_layouts(

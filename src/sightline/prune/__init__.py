@@ -8,8 +8,22 @@ from sightline.prune.fopru import FoPru
 from sightline.prune.hired import HiRED
 from sightline.prune.mustdrop import MustDrop
 from sightline.prune.pyramiddrop import PyramidDrop
+from sightline.prune.quota import QuoTA
 from sightline.prune.random import Random
+from sightline.prune.slow_fast import SlowFast
 from sightline.prune.vtc_cls import VTCCLS
 from sightline.prune.zipvl import ZipVL
 
-__all__ = ["VTCCLS", "DyVTE", "FlowCut", "FoPru", "HiRED", "MustDrop", "PyramidDrop", "Random", "ZipVL"]
+__all__ = [
+    "VTCCLS",
+    "DyVTE",
+    "FlowCut",
+    "FoPru",
+    "HiRED",
+    "MustDrop",
+    "PyramidDrop",
+    "QuoTA",
+    "Random",
+    "SlowFast",
+    "ZipVL",
+]

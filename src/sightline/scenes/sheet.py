@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from sightline.errors import ParameterError
+from sightline.images import tiled
 from sightline.scenes.film import Film
 from sightline.scenes.scene import Scene
 
@@ -24,13 +25,3 @@ def film_sheet(films: Sequence[Film], columns: int = 8) -> Image.Image:
         raise ParameterError(f"columns={columns!r}, {len(films)} films: give at least one film and two columns")
     chosen = [film.frames[round(k * (len(film) - 1) / (columns - 1))] for film in films for k in range(columns)]
     return tiled(chosen, columns)
-
-
-def tiled(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Pictures row by row in equal cells, `columns` to a row, with thin white gaps."""
-    width, height = max(p.width for p in pictures) + gap, max(p.height for p in pictures) + gap
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * width + gap, rows * height + gap), (255, 255, 255))
-    for k, picture in enumerate(pictures):
-        page.paste(picture, (gap + k % columns * width, gap + k // columns * height))
-    return page

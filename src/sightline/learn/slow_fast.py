@@ -1,0 +1,132 @@
+"""Training of slow-fast (arXiv 2504.01328) on films of the generated world, in the paper's two stages.
+
+Stage 1: projector (peak learning rate 1e-3) and the new branch (2e-4). Stage 2: decoder, projector and branch (2e-5). Cosine,
+3 % warm-up; the loss is on the answers. The branch is saved under the keys of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sightline import scenes
+from sightline.engine.attach import attach
+from sightline.errors import ParameterError
+from sightline.evaluate.films import clip
+from sightline.hosts import get
+from sightline.learn import loop
+from sightline.learn.conversation import IGNORED
+from sightline.learn.recipe import Plan
+from sightline.prune.parts.slow_branch import branch_state
+from sightline.prune.slow_fast import SlowFast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sightline.clips import Clip
+    from sightline.lvlm import LVLM
+
+RATES = {1: (1e-3, 2e-4), 2: (2e-5, 2e-5)}  # peak learning rates: projector (and decoder), branch
+BRANCH = "branch."
+
+
+def plan_for(stage: int, steps: int, batch: int) -> Plan:
+    """The paper's schedule of a stage; ParameterError for another stage."""
+    if stage not in RATES:
+        raise ParameterError(f"stage={stage!r} is out of range: choose 1 (projector and branch) or 2 (decoder as well)")
+    return Plan(steps, batch, RATES[stage][0], weight_decay=0.0, warmup=math.ceil(0.03 * steps))
+
+
+def train(
+    lvlm: LVLM,
+    system: SlowFast,
+    stage: int,
+    plan: Plan,
+    out: Path,
+    *,
+    frames: int = 32,
+    size: int = 112,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+) -> loop.Trainer:
+    """Train a stage on `lvlm` itself; `out/branch.safetensors` is what `SlowFast(weights=...)` reads.
+
+    An unfinished run in `out` goes on. For stage 2 give the system the `weights` of stage 1.
+
+    Args:
+        system: which tokens are fast, which layers are hybrid.
+        frames, size: of the films, which come from the training split.
+    """
+    plan_for(stage, 1, 1)
+    for parameter in lvlm.model.parameters():
+        parameter.requires_grad_(False)
+    with attach(lvlm.model, system, host=lvlm.host) as attached:
+        branch = attached.setup("slow-fast").branch
+        learned = {**loop.named("projector.", get(lvlm.model, lvlm.host.projector)), **loop.named(BRANCH, branch)}
+        if stage == 2:
+            learned |= loop.named("decoder.", get(lvlm.model, lvlm.host.decoder))
+        faster = RATES[stage][1] / RATES[stage][0]
+        trainer = loop.Trainer(
+            f"slow-fast-{stage}", learned, plan, out, precision=precision,
+            factor=lambda name: faster if name.startswith(BRANCH) else 1.0,
+        )  # fmt: skip
+        trainer.run(lambda first: _batches(plan, first, frames, size, seed), lambda batch: (_loss(lvlm, *batch), {}))
+        save_branch(branch, out / "branch.safetensors")
+    return trainer
+
+
+def save_branch(branch: torch.nn.ModuleDict, path: Path) -> None:
+    """Write the branch's parameters, whole or not at all."""
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    save_file({name: t.detach().cpu().contiguous() for name, t in branch_state(branch).items()}, partial)
+    partial.replace(path)
+
+
+def _batches(
+    plan: Plan, first: int, frames: int, size: int, seed: int
+) -> Iterator[tuple[list[Clip], list[str], list[str]]]:
+    """Clips, questions and answers of the steps from `first` on: one question a film."""
+    for step in range(first, plan.steps):
+        rows = []
+        for number in range(step * plan.batch, (step + 1) * plan.batch):
+            rng = np.random.Generator(np.random.PCG64([seed, number]))
+            while not (
+                asked := scenes.film_questions(scenes.film(k := int(rng.integers(2**31)), size=56, frames=8), rng, 1)
+            ):
+                pass
+            rows.append((clip(k, size, frames), asked[0].text, asked[0].answer))
+        yield tuple(map(list, zip(*rows, strict=True)))
+
+
+def _loss(lvlm: LVLM, clips: list[Clip], questions: list[str], answers: list[str]) -> Tensor:
+    batch, labels = with_answers(lvlm, lvlm.inputs(clips, questions), answers)
+    return lvlm.model(**batch, labels=labels).loss
+
+
+def with_answers(lvlm: LVLM, inputs: Any, answers: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of B prompts with their answers behind them, padded on the right, and labels (B, N) of the answers alone."""
+    tokenizer = lvlm.processor.tokenizer
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [tokenizer.encode(f" {text}", add_special_tokens=False) + ends for text in answers]
+    width, device = max(map(len, ids)), inputs["input_ids"].device
+    added = torch.full((len(ids), width), tokenizer.pad_token_id, device=device)
+    real = torch.zeros_like(added)
+    for row, tokens in enumerate(ids):
+        added[row, : len(tokens)], real[row, : len(tokens)] = torch.tensor(tokens, device=device), 1
+    prompt = inputs["input_ids"]
+    tails = {"input_ids": added, "attention_mask": real}
+    batch = {
+        name: torch.cat([value, tails.get(name, torch.zeros_like(added)).to(value.dtype)], 1)
+        if getattr(value, "shape", None) == prompt.shape
+        else value
+        for name, value in inputs.items()
+    }
+    labels = torch.cat([torch.full_like(prompt, IGNORED), added.masked_fill(real == 0, IGNORED)], 1)
+    return batch, labels

@@ -64,7 +64,7 @@ def test_sampling() -> None:
 def test_what_is_no_clip(make, tmp_path) -> None:
     with pytest.raises(InputError):
         make()
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="without pictures"):
         open_clip(tmp_path)
 
 

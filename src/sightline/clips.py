@@ -99,7 +99,7 @@ def _folder(path: Path) -> Clip:
     names = sorted((p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")), key=_natural)
     pictures = [p for p in names if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")]
     if not pictures:
-        raise InputError(f"cannot read {str(path)!r}: no pictures (PNG, JPEG, WebP, BMP, TIFF) in this folder")
+        raise InputError(f"cannot read {str(path)!r}: it is a folder without pictures (PNG, JPEG, WebP, BMP, TIFF)")
     frames = tuple(open_image(p) for p in pictures)
     return Clip(frames, tuple(SECONDS * k for k in range(len(frames))), path.name)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sightline import scenes
 from sightline.errors import ParameterError, UnknownNameError, nearest
-from sightline.evaluate import films, mme, pointing, scoring
+from sightline.evaluate import films, haven_films, mme, pointing, scoring
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.task import Item, Task, check_items
 from sightline.scenes.asking import OPPOSITE, absent_kind
@@ -236,11 +236,12 @@ TASKS: dict[str, Callable[[World, int], Task]] = {
     "caption": lambda world, n: _captions(world, "caption", n),
     "pointing": _pointing,
     "video": films.video,
+    "haven": haven_films.build,
 }
 GROUPS = {
     "pope": tuple(f"pope:{split}" for split in POPE_SPLITS),
     "vqa": ("colour", "count", "relation"),
-    "all": tuple(name for name in TASKS if name != "video"),  # that one needs room for several pictures
+    "all": tuple(name for name in TASKS if name not in ("video", "haven")),  # these need room for several pictures
 }
 
 

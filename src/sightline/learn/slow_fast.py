@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from sightline import scenes
 from sightline.engine.attach import attach
 from sightline.errors import ParameterError
 from sightline.evaluate.films import clip
 from sightline.hosts import get
-from sightline.learn import loop
-from sightline.learn.conversation import IGNORED
+from sightline.learn import films, loop
 from sightline.learn.recipe import Plan
 from sightline.prune.parts.slow_branch import branch_state
 from sightline.prune.slow_fast import SlowFast
@@ -94,39 +91,11 @@ def _batches(
 ) -> Iterator[tuple[list[Clip], list[str], list[str]]]:
     """Clips, questions and answers of the steps from `first` on: one question a film."""
     for step in range(first, plan.steps):
-        rows = []
-        for number in range(step * plan.batch, (step + 1) * plan.batch):
-            rng = np.random.Generator(np.random.PCG64([seed, number]))
-            while not (
-                asked := scenes.film_questions(scenes.film(k := int(rng.integers(2**31)), size=56, frames=8), rng, 1)
-            ):
-                pass
-            rows.append((clip(k, size, frames), asked[0].text, asked[0].answer))
-        yield tuple(map(list, zip(*rows, strict=True)))
+        numbers = range(step * plan.batch, (step + 1) * plan.batch)
+        asked = [films.question(seed, number) for number in numbers]
+        yield [clip(k, size, frames) for k, _ in asked], [q.text for _, q in asked], [q.answer for _, q in asked]
 
 
 def _loss(lvlm: LVLM, clips: list[Clip], questions: list[str], answers: list[str]) -> Tensor:
-    batch, labels = with_answers(lvlm, lvlm.inputs(clips, questions), answers)
+    batch, labels = films.with_answers(lvlm, lvlm.inputs(clips, questions), answers)
     return lvlm.model(**batch, labels=labels).loss
-
-
-def with_answers(lvlm: LVLM, inputs: Any, answers: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs of B prompts with their answers behind them, padded on the right, and labels (B, N) of the answers alone."""
-    tokenizer = lvlm.processor.tokenizer
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [tokenizer.encode(f" {text}", add_special_tokens=False) + ends for text in answers]
-    width, device = max(map(len, ids)), inputs["input_ids"].device
-    added = torch.full((len(ids), width), tokenizer.pad_token_id, device=device)
-    real = torch.zeros_like(added)
-    for row, tokens in enumerate(ids):
-        added[row, : len(tokens)], real[row, : len(tokens)] = torch.tensor(tokens, device=device), 1
-    prompt = inputs["input_ids"]
-    tails = {"input_ids": added, "attention_mask": real}
-    batch = {
-        name: torch.cat([value, tails.get(name, torch.zeros_like(added)).to(value.dtype)], 1)
-        if getattr(value, "shape", None) == prompt.shape
-        else value
-        for name, value in inputs.items()
-    }
-    labels = torch.cat([torch.full_like(prompt, IGNORED), added.masked_fill(real == 0, IGNORED)], 1)
-    return batch, labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sightline.engine.system import System
-from sightline.prune import VTCCLS, DyVTE, FlowCut, FoPru, HiRED, MustDrop, PyramidDrop, Random, ZipVL
+from sightline.prune import VTCCLS, DyVTE, FlowCut, FoPru, HiRED, MustDrop, PyramidDrop, QuoTA, Random, SlowFast, ZipVL
 from sightline.steer.moh_llm import MoHLLM
 from sightline.steer.var import VAR
 
@@ -51,6 +51,8 @@ CASES: dict[str, Case] = {
         PyramidDrop((1, 2), (0.5, 0.25)), PyramidDrop(image_token_ratio_list=(1.0, 1.0, 1.0)), chooses=True
     ),
     "zipvl": Case(ZipVL(tau=0.9, recent=8, random=8), ZipVL(tau=1.0, cache_mode="keep"), text_too=True, chooses=True),
+    "quota": Case(QuoTA(enhance_tokens=5, enhance_total=1), QuoTA(enhance_total=0)),
+    "slow-fast": Case(SlowFast(spatial_stride=2), SlowFast(temporal_stride=1, pooling_stride=1)),
     "var": Case(VAR(sink_dims=(3, 7), tau=2.0, summ=0.01, first_layer=0, skip_last_layer=False), VAR(p=1.0)),
     "vtc-cls": Case(VTCCLS(5), VTCCLS(None), NO_CLS, chooses=True),
     "moh-llm": Case(

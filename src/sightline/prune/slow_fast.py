@@ -44,7 +44,7 @@ from sightline.engine.frames import Frame, frames_of, places
 from sightline.engine.select import Keep
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
-from sightline.errors import InputError, ParameterError
+from sightline.errors import ParameterError
 from sightline.prune.parts.slow_branch import SlowBranch, load_branch
 
 if TYPE_CHECKING:
@@ -223,11 +223,17 @@ class SlowFast(System):
         """Write the fast tokens of one row into `states`, leave the others out of `keep`; its slow tokens (n_v, D)."""
         if not frames:
             return embeddings[:0]
-        shapes = {f.shape for f in frames}
-        if len(shapes) > 1:
-            raise InputError(f"slow-fast needs frames of one size, not token grids of {sorted(shapes)}")
+        for f in frames:
+            keep[f.columns] = False
+        if len({f.shape for f in frames}) > 1:  # several pictures, no video: each by itself
+            return torch.cat([self._place(embeddings[f.columns][None], f.shape, [f], keep, states) for f in frames])
         grid, shape = torch.stack([embeddings[f.columns] for f in frames]), frames[0].shape  # (T, n, D)
-        sources = [0]
+        return self._place(grid, shape, frames, keep, states)
+
+    def _place(
+        self, grid: Tensor, shape: tuple[int, int], frames: Sequence[Frame], keep: Tensor, states: Tensor
+    ) -> Tensor:
+        fast, sources = grid, [0]
         if len(frames) > 1:
             grid, shape = average(grid, shape, self.pooling_stride)
             fast, sources = fast_frames(
@@ -236,11 +242,7 @@ class SlowFast(System):
                 temporal_stride=self.temporal_stride,
                 min_fast_frames=self.min_fast_frames,
             )
-        else:
-            fast = grid
         fast, small = average(fast, shape, self.spatial_stride)
-        for f in frames:
-            keep[f.columns] = False
         for tokens, source in zip(fast, sources, strict=True):
             columns = frames[source].columns[places(frames[source].shape, small).to(keep.device)]
             keep[columns], states[columns] = True, tokens

@@ -210,6 +210,8 @@ class SlowFast(System):
         slow = []
         for row, frames in enumerate(frames_of(site)):
             slow.append(self._shorten(embeddings[row], frames, keep[row], states[row]))
+        for layer in range(0, site.layers, self.every_n_layers):
+            site.state.pop(("kv", layer), None)
         site.state["slow"] = nn.utils.rnn.pad_sequence(slow, batch_first=True)  # (B, n_v, D)
         lengths = torch.tensor([len(s) for s in slow], device=embeddings.device)
         site.state["mask"] = torch.arange(int(lengths.max()), device=embeddings.device) < lengths[:, None]

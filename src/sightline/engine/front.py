@@ -70,6 +70,8 @@ class Front:
 
         @wraps(encode)  # `generate` reads the signature
         def encoding(*args: Any, **kwargs: Any) -> Any:
+            if self.running is not None:  # videos that the host encodes as pictures
+                return encode(*args, **kwargs)
             pictures = Pictures([{} for _ in self.owner.workers])
             sequence = self.owner.sequences.current
             if sequence is None:

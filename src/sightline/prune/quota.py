@@ -142,7 +142,7 @@ def soft_match(x: Tensor, count: int) -> Tensor:
         gone, even, odd = min(n - count, n // 2), -(-n // 2), n // 2
         unit = x / x.norm(dim=-1, keepdim=True)
         best, to = (unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)).max(-1)  # (R, even)
-        order = best.argsort(-1, descending=True, stable=True)
+        order = best.argsort(dim=-1, descending=True, stable=True)
         stay = torch.arange(even - gone, device=x.device).expand(len(x), -1)
         joined = even - gone + to.gather(1, order[:, :gone])
         target = torch.empty(x.shape[:2], dtype=torch.long, device=x.device)

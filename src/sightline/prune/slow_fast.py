@@ -198,7 +198,9 @@ class SlowFast(System):
         for layer in range(0, shape.layers, self.every_n_layers):
             key, value = shape.key_value(layer)
             dim = key.weight.shape[0] // shape.heads_kv
-            part = SlowBranch(shape.hidden_size, shape.heads, shape.heads_kv, dim).to(key.weight)
+            with torch.random.fork_rng(devices=[]):  # the same gates every time
+                torch.manual_seed(layer)
+                part = SlowBranch(shape.hidden_size, shape.heads, shape.heads_kv, dim).to(key.weight)
             part.start_from(key, value)
             branch[str(layer)] = part
         if self.weights is not None:

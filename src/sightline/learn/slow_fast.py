@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from sightline.clips import Clip
     from sightline.lvlm import LVLM
 
-RATES = {1: (1e-3, 2e-4), 2: (2e-5, 2e-5)}  # peak learning rates: projector (and decoder), branch
-BRANCH = "branch."
+RATES = {1: (1e-3, 2e-4), 2: (2e-5, 2e-5)}  # peak learning rates: projector, the rest
 
 
 def plan_for(stage: int, steps: int, batch: int) -> Plan:
     """The paper's schedule of a stage; ParameterError for another stage."""
     if stage not in RATES:
         raise ParameterError(f"stage={stage!r} is out of range: choose 1 (projector and branch) or 2 (decoder as well)")
-    return Plan(steps, batch, RATES[stage][0], weight_decay=0.0, warmup=math.ceil(0.03 * steps))
+    projector, rest = RATES[stage]
+    return Plan(steps, batch, rest, weight_decay=0.0, warmup=math.ceil(0.03 * steps), slow=projector / rest)
 
 
 def train(
@@ -64,14 +64,10 @@ def train(
         parameter.requires_grad_(False)
     with attach(lvlm.model, system, host=lvlm.host) as attached:
         branch = attached.setup("slow-fast").branch
-        learned = {**loop.named("projector.", get(lvlm.model, lvlm.host.projector)), **loop.named(BRANCH, branch)}
+        learned = {**loop.named("projector.", get(lvlm.model, lvlm.host.projector)), **loop.named("branch.", branch)}
         if stage == 2:
             learned |= loop.named("decoder.", get(lvlm.model, lvlm.host.decoder))
-        faster = RATES[stage][1] / RATES[stage][0]
-        trainer = loop.Trainer(
-            f"slow-fast-{stage}", learned, plan, out, precision=precision,
-            factor=lambda name: faster if name.startswith(BRANCH) else 1.0,
-        )  # fmt: skip
+        trainer = loop.Trainer(f"slow-fast-{stage}", learned, plan, out, precision=precision)
         trainer.run(lambda first: _batches(plan, first, frames, size, seed), lambda batch: (_loss(lvlm, *batch), {}))
         save_branch(branch, out / "branch.safetensors")
     return trainer

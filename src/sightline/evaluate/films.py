@@ -7,7 +7,7 @@ balanced: none of them is ahead of another by more than the last round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,11 @@ def clip(seed: int, size: int, frames: int) -> Clip:
     return Clip(film.frames, times, film.name)
 
 
+def opened(size: int, frames: int, item: Item) -> Clip:
+    """The film of an item."""
+    return clip(item.tags["film"], size, frames)
+
+
 def video(world: World, n: int, frames: int = FRAMES) -> Task:
     """At least `n` questions about films of `frames` frames, in equal parts of the five kinds.
 
@@ -67,9 +72,7 @@ def video(world: World, n: int, frames: int = FRAMES) -> Task:
             break
     source = f"{world.source}, {frames} frames"
     kept = check_items("video", items)
-    return Task(
-        "scenes_video", source, kept, lambda item: clip(item.tags["film"], world.size, frames), score_video, TOKENS
-    )
+    return Task("scenes_video", source, kept, partial(opened, world.size, frames), score_video, TOKENS)
 
 
 def score_video(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from sightline import scenes
 from sightline.evaluate import haven
-from sightline.evaluate.films import FRAMES, clip, draw
+from sightline.evaluate.films import FRAMES, draw, opened
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.task import Answer, Item, Task, check_items
 from sightline.scenes.asking import choose, phrase
@@ -177,7 +178,7 @@ def build(world: World, n: int, frames: int = FRAMES) -> Task:
         "scenes_haven",
         f"{world.source}, {frames} frames",
         check_items("haven", items),
-        lambda item: clip(item.tags["film"], world.size, frames),
+        partial(opened, world.size, frames),
         score,
         TOKENS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from sightline import hosts, scenes
 from sightline.clips import Clip
 from sightline.errors import ParameterError
 from sightline.evaluate import films, world
-from sightline.evaluate.runner import Decoding, generate
+from sightline.evaluate.runner import Decoding, Work, answer, generate
 from sightline.lvlm import LVLM
+from sightline.prune import QuoTA
 from tests.tiny_hosts import TINY
 
 SIZE = 56
@@ -58,3 +60,17 @@ def test_a_model_answers(task) -> None:
     inputs, answers = generate(lvlm, task, task.items[:2], Decoding())
     assert len(answers) == 2
     assert (inputs["input_ids"] == tiny.model.config.image_token_id).sum() == 2 * films.FRAMES * 36
+
+
+def test_a_system_that_asks_first_is_another_for_every_question(task) -> None:
+    tiny = TINY["llava"]()
+    lvlm = LVLM(tiny.model, tiny.processor, hosts.find(tiny.model), "llava")
+    two = replace(task, items=task.items[:2])
+    quota = QuoTA(enhance_tokens=4, enhance_total=films.FRAMES)
+    work = Work({two.name: two}, {"none": (), "quota": (quota,)}, Decoding(batch_size=2))
+    rows = answer(lvlm, work, (two.name, "quota", 0))
+    assert [row["id"] for row in rows] == [item.id for item in two.items]
+    alone = [
+        lvlm.ask(task.open(i), task.prompt(i), systems=[quota], max_new_tokens=task.max_new_tokens) for i in two.items
+    ]
+    assert [row["answer"] for row in rows] == alone

@@ -25,8 +25,18 @@ from sightline.learn.loop import Trainer, named
 from sightline.learn.phrasing import nouns, rephrase
 from sightline.learn.recipe import Recipe
 from sightline.learn.tower import normalise
+from sightline.scenes.naming import place_of, sentence
 
-SIMPLE, ALL = ("exist", "colour"), ("exist", "colour", "count", "relation", "detail", "leading", "context")
+SIMPLE = ("exist", "colour")
+MIX = (
+    "exist",
+    "colour",
+    "leading",
+    "context",
+    "count",
+    *2 * ("detail",),
+    *4 * ("relation",),
+)  # what is hard, more often
 FIRST, OTHER = 2.0, 0.5  # weights in the loss: an answer's first token; its other tokens and early answers
 
 
@@ -42,15 +52,32 @@ class Sample:
 
 
 def places(scene: scenes.Scene, patch: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count,) sorted patch numbers: two of the four that each object covers most, then any, objects' twice as likely."""
+    """(count,) sorted patch numbers: of each object its mark and two of the four patches that it covers most, then any.
+
+    Patches on objects are twice as likely among the others.
+    """
     grid = scene.size // patch
     covered = [thing.mask.reshape(grid, patch, grid, patch).mean((1, 3)).ravel() for thing in scene.objects]
-    must = [int(p) for share in covered for p in rng.permutation(np.argsort(-share)[:4])[:2]]
+    must = [_mark_patch(thing, patch, grid) for thing in scene.objects if thing.mark]
+    must += [int(p) for share in covered for p in rng.permutation(np.argsort(-share)[:4])[:2]]
     must = list(dict.fromkeys(must))[:count]
     others = np.setdiff1d(np.arange(grid * grid), must)
     weights = 1.0 + (np.max(covered, 0, initial=0.0)[others] >= 0.2) if covered else np.ones(len(others))
     more = rng.choice(others, count - len(must), replace=False, p=weights / weights.sum())
     return np.sort(np.concatenate([must, more]).astype(int))
+
+
+def whereabouts(scene: scenes.Scene) -> list[tuple[str, str]]:
+    """Where in the picture is each thing that is the only one of its kind: a step on the way to relations."""
+    counts = scene.counts()
+    alone = [thing for thing in scene.objects if counts[thing.kind] == 1]
+    return [(f"Where in the image is the {thing.kind}?", sentence(place_of(thing, scene.size).split(" the ")[1]))
+            for thing in alone]  # fmt: skip
+
+
+def _mark_patch(thing: scenes.Object, patch: int, grid: int) -> int:
+    x, y = ((thing.mark_box[a] + thing.mark_box[a + 2]) / 2 for a in (0, 1))
+    return min(grid - 1, int(y // patch)) * grid + min(grid - 1, int(x // patch))
 
 
 def early_answers(ids: list[int], labels: list[int], names: set[int]) -> list[tuple[int, int]]:
@@ -73,8 +100,10 @@ def noun_tokens(text: PreTrainedTokenizerFast) -> set[int]:
 def sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:
     """A picture, a few of its patches, and questions about it."""
     scene, rng = scene_of("read", index, recipe.seed, recipe.shape.image)
-    asked = SIMPLE if index < recipe.simple else ALL
-    turns = [(rephrase(q, rng), q.answer) for q in scenes.questions(scene, rng, recipe.turns, kinds=asked)]
+    simple = index < recipe.simple
+    asked = scenes.questions(scene, rng, recipe.turns, kinds=SIMPLE if simple else MIX)
+    turns = [(rephrase(q, rng), q.answer) for q in asked] + ([] if simple else whereabouts(scene))
+    turns = [turns[k] for k in rng.permutation(len(turns))[: recipe.turns]]
     count = min(recipe.patches, recipe.shape.grid**2)
     ids, labels = conversation.encode(turns, processor, count, stage=2)
     early = early_answers(ids, labels, noun_tokens(processor.tokenizer))

@@ -4,7 +4,7 @@ Stage 1 of LLaVA's recipe aligns the projector on a large set of captions; here 
 for it. With E[word] the word embeddings and M, M', M'' the rotations of `build.rotations`, a patch is sent near
 
     E[<image>] + M (E[kind] + E[colour])      on an object;   E[<image>] + M E[place] on background
-  + M' ((x - 1/2) (E[right] - E[left]) + (y - 1/2) (E[bottom] - E[top]))      x, y in (0, 1): where the patch is
+  + 2.5 M' ((x - 1/2) (E[right] - E[left]) + (y - 1/2) (E[bottom] - E[top]))      x, y in (0, 1): where the patch is
   + M'' 2 E[colour of the mark]                                               where an object has its mark
 
 No decoder runs, so it costs next to nothing, and the decoder then starts with visual tokens it can half read.
@@ -43,6 +43,7 @@ def sample(index: int, recipe: Recipe) -> dict[str, np.ndarray]:
     return {"pixels": np.asarray(scene.image), **labels_of(scene, recipe.shape.patch)}
 
 
+PLACE = 2.5  # places weigh about as much as contents
 SIDES = ["left", "right", "top", "bottom"]
 
 
@@ -65,7 +66,7 @@ def targets(batch: dict[str, torch.Tensor], table: torch.Tensor, known: dict[str
     grid = batch["kind"].shape[1]
     along = ((torch.arange(grid, device=table.device) + 0.5) / grid).to(table)
     x, y = along.repeat(grid)[:, None], along.repeat_interleave(grid)[:, None]  # (N, 1)
-    spot = (x - 0.5) * (sides[1] - sides[0]) + (y - 0.5) * (sides[3] - sides[2])
+    spot = PLACE * ((x - 0.5) * (sides[1] - sides[0]) + (y - 0.5) * (sides[3] - sides[2]))
     dot = 2 * colours[(mark - 1).clamp(min=0)] * (mark > 0)[..., None]
     return picture + content @ about + spot @ where + dot @ marked
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
-    from sightline.engine.record import Recorder
+    from sightline.engine.record import Recorder, Seen
     from sightline.engine.system import System
     from sightline.hosts.geometry import Layout
     from sightline.loading import LVLM
@@ -34,6 +34,14 @@ class Word:
     text: str
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which visual tokens were left from some point on."""
+
+    name: str  # "tower layer 5", "before the language model", "layer 8"
+    kept: np.ndarray  # (V,) bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Run:
     ]  # per layer: (position, token text) of the sinks outside the image
     seconds: float  # wall time of the generation
     notes: dict[str, Any] = field(default_factory=dict)  # per system slug: what it did, as numbers (attached.report())
+    stages: tuple[Stage, ...] = ()  # where visual tokens were dropped, in order; their rows and phi are 0 from there on
 
 
 @dataclass(frozen=True)
@@ -183,11 +192,15 @@ def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: i
     tokenizer = lvlm.processor.tokenizer
     pieces = _pieces(tokenizer, ids[:count].tolist())
     chosen = [made.logits[t][0].float().softmax(-1)[ids[t]] for t in range(count)]
-    columns = seen.columns[0]
+    image = inputs["input_ids"][0].cpu() == lvlm.model.config.image_token_id
+    places = image.nonzero().flatten().numpy()  # (V,) columns of the prompt
+    original = seen.tokens.position[0].cpu().numpy()  # of every column that is left
+    columns = seen.columns[0].cpu()
+    left = np.searchsorted(places, original[columns.numpy()])  # which visual tokens the recorder saw
     phi = torch.stack([seen.phi[layer][0] for layer in sorted(seen.phi)]).cpu()  # (L, N)
     tau = recorder.setup["tau"]
     prompt_ids = inputs["input_ids"][0].tolist()
-    visual = phi[:, columns.cpu()] if len(columns) else phi[:, :0]
+    visual = _spread(phi[:, columns].numpy(), left, len(places))
     outside = (phi > tau) & ~seen.tokens.visual[0].cpu()
     return Run(
         label=to_spec(systems),
@@ -195,18 +208,51 @@ def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: i
         pieces=tuple(pieces),
         words=_words(pieces),
         probability=np.array([float(p) for p in chosen], np.float32),
-        rows=seen.rows[:count, :, 0].numpy(),
+        rows=_spread(seen.rows[:count, :, 0].numpy(), left, len(places)),
         masses=seen.masses[:count, :, 0].numpy(),
         groups=GROUPS,
-        phi=visual.numpy(),
+        phi=visual,
         tau=float(tau),
-        sinks=tuple(np.flatnonzero(layer > tau) for layer in visual.numpy()),
+        sinks=tuple(np.flatnonzero(layer > tau) for layer in visual),
         text_sinks=tuple(
-            tuple((int(n), tokenizer.decode([prompt_ids[n]])) for n in row.nonzero().flatten()) for row in outside
+            tuple((int(original[n]), tokenizer.decode([prompt_ids[original[n]]])) for n in row.nonzero().flatten())
+            for row in outside
         ),
         seconds=seconds,
         notes=attached.report(),
+        stages=_stages(seen, places),
     )
+
+
+def _spread(values: np.ndarray, left: np.ndarray, count: int) -> np.ndarray:
+    """(..., V') values of the visual tokens that are left -> (..., V), 0 for those that are gone."""
+    if values.shape[-1] == count:
+        return values
+    found = np.zeros((*values.shape[:-1], count), values.dtype)
+    found[..., left] = values
+    return found
+
+
+def _stages(seen: Seen, places: np.ndarray) -> tuple[Stage, ...]:
+    """Every point from which fewer visual tokens went on than before it."""
+    masks = []
+    pictures = seen.pictures
+    if pictures is not None and pictures.alive:
+        where = pictures.places
+        for layer, alive in enumerate(pictures.alive):
+            there = torch.zeros(pictures.tower, dtype=torch.bool, device=alive.device).scatter(1, alive, True)
+            patches = there[:, pictures.prefix :]
+            masks.append((f"tower layer {layer}", ((where.pool(patches) > 0) | ~where.real).cpu().numpy()))
+    for layer in sorted(seen.ledgers):
+        tokens = seen.ledgers[layer]
+        kept = np.isin(places, tokens.position[0][tokens.visual[0]].cpu().numpy())
+        masks.append((f"layer {layer}" if layer else "before the language model", kept))
+    found, before = [], np.ones(len(places), bool)
+    for name, kept in masks:
+        if (kept != before).any():
+            found.append(Stage(name, kept))
+        before = kept
+    return tuple(found)
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:

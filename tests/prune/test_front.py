@@ -313,6 +313,56 @@ def test_flowcut_keeps_exactly_what_is_wanted(tiny):
     assert all(row == sorted(row) for one in alone for row in one)
 
 
+def test_flowcut_cuts_once_more_in_the_language_model(tiny):
+    """Of tiles: half as many of every view in the tower, and exactly the wanted number behind a decoder layer."""
+    host = tiny("llava_next")
+    with sl.attach(host.model, FlowCut(10)), torch.no_grad():
+        cache = host.model(**batch(host), use_cache=True).cache
+        _, logits = generate(host.model, batch(host))
+        _, again = generate(host.model, batch(host), use_cache=False)
+    whole = cache._sightline.tokens
+    assert (whole.visual.sum(1) > 10).all()
+    views = whole.visual.sum(1)
+    assert (views <= 5 * 5).all()
+    depths = cache._sightline.cuts.depths
+    assert depths[1] is None
+    assert depths[2].tokens.visual.sum(1).tolist() == [10, 10]
+    assert [layer.keys.shape[2] for layer in cache.layers[:2]] == [whole.shape[1]] * 2
+    assert all(layer.keys.shape[2] == depths[2].tokens.shape[1] < whole.shape[1] for layer in cache.layers[2:])
+    assert_close("with and without a cache", logits, again, 2e-5)
+
+
+def test_flowcut_relay_scores_by_definition():
+    torch.manual_seed(0)
+    query, value, keys, values = torch.randn(4, 8), torch.randn(2, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    wide = [x.repeat_interleave(2, 0) for x in (value, keys, values)]
+    relation = torch.stack([(query[h] @ wide[1][h].T / 8**0.5).softmax(-1) for h in range(4)]).mean(0)
+    semantic = torch.stack([(wide[0][h] @ wide[2][h].T / 8**0.5).softmax(-1) for h in range(4)]).mean(0)
+    wanted = (relation / relation.sum() + semantic / semantic.sum()) * wide[2].mean(0).abs().sum(-1)
+    found = flowcut.relay_scores(query, value, keys, values, 8**-0.5)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_before_and_inside_the_language_model_together(tiny):
+    """A reducer here and one that drops in the decoder: with and without a cache, the same."""
+    from sightline.engine.select import Keep
+    from tests.engine.toys import toy
+
+    inside = toy(
+        cut=lambda site, x: (
+            Keep(~site.tokens.visual[:, site.start :] | (site.tokens.index[:, site.start :] % 2 == 0))
+            if site.layer == 2
+            else None
+        )
+    )
+    for name in ("llava", "gemma3"):
+        host = tiny(name)
+        with sl.attach(host.model, FoPru(0.5), inside):
+            _, logits = generate(host.model, batch(host))
+            _, again = generate(host.model, batch(host), use_cache=False)
+        assert_close(name, logits, again, 2e-5)
+
+
 # -- all --------------------------------------------------------------------------------------------------------------------
 
 
@@ -363,3 +413,32 @@ def test_hosts_without_a_class_token_are_told_what_to_use(name, tiny):
     for system in (VTCCLS(5), HiRED(0.3), FlowCut(9)):
         with pytest.raises(HostError, match="mean-received"):
             sl.attach(tiny(name).model, system)
+
+
+# -- seen in a look ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", [VTCCLS(9), FlowCut(9)], ids=lambda s: s.slug)
+def test_a_look_shows_what_was_dropped(system, tiny, tmp_path):
+    from sightline.hosts import find
+    from sightline.lvlm import LVLM
+
+    host = tiny("llava")
+    lvlm = LVLM(host.model, host.processor, find(host.model), "tiny")
+    look = sl.look(PICTURES[0], "Is there a dog?", model=lvlm, systems=[system], max_new_tokens=3)
+    plain, run = look.runs
+    assert plain.stages == ()
+    named = {stage.name: int(stage.kept.sum()) for stage in run.stages}
+    assert list(named)[-1] == ("before the language model" if system.slug == "vtc-cls" else "tower layer 2")
+    assert list(named.values())[-1] == 9
+    kept = run.stages[-1].kept
+    assert np.flatnonzero(kept).tolist() == left(host, system, lvlm.inputs(PICTURES[0], "Is there a dog?"))[0]
+    assert run.rows.shape[-1] == run.phi.shape[-1] == len(look.layout) == 36
+    assert (run.rows[..., ~kept] == 0).all()
+    assert (run.rows[..., kept] > 0).all()
+    told = look.to_json()["runs"][1]["kept"]
+    assert told[-1]["tokens"] == np.flatnonzero(kept).tolist()
+    written = look.save(tmp_path)
+    assert written["kept-1"].exists()
+    assert "kept-0" not in written
+    assert "Visual tokens that are left" in written["report"].read_text(encoding="utf-8")

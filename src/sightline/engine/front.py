@@ -14,7 +14,7 @@ from torch import nn
 from sightline.engine.entry import refuse_fixed, restore, shorten
 from sightline.engine.pictures import Pictures, Places, key_of, token_count
 from sightline.engine.select import Keep, columns, take
-from sightline.errors import HostError
+from sightline.errors import HostError, InputError
 from sightline.hosts import get, prefix, tower_positions
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Front:
         def encoding(*args: Any, **kwargs: Any) -> Any:
             if self.running is not None:  # videos that the host encodes as pictures
                 return encode(*args, **kwargs)
-            pictures = Pictures([{} for _ in self.owner.workers])
+            pictures = Pictures([{} for _ in self.owner.workers], prefix(self.owner.model, self.owner.host))
             sequence = self.owner.sequences.current
             if sequence is None:
                 self.waiting = pictures
@@ -177,7 +177,13 @@ class Front:
         if found is None:
             return given
         refuse_fixed(given.get("cache", given.get("past_key_values")))
+        if any(depth is not None for depth in sequence.cuts.depths):
+            raise InputError(
+                "a later picture cannot be shortened once tokens were dropped inside the language model: give all "
+                "pictures in one prompt"
+            )
         given, sequence.tokens, cut = found
+        sequence.cuts.width = sequence.tokens.shape[1]
         sequence.cut = cut.behind(sequence.cut)
         sequence.queries = given["inputs_embeds"].shape[1]
         return given

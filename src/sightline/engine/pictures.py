@@ -79,6 +79,7 @@ class Pictures:
     """One encoding: made when it starts, completed when it ends."""
 
     notes: list[dict[Any, Any]]  # per system: its memory of these pictures (`site.seen`)
+    prefix: int = 0  # class token and registers before a row's patches
     tower: tuple[int, int] | None = None  # (rows, tokens per row) of the tower's batch, class token included
     alive: list[Tensor] = field(
         default_factory=list

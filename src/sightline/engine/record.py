@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sightline.engine.attention import Edit, Probe
+from sightline.engine.pictures import Pictures
 from sightline.engine.sinks import check_tau, default_tau, sink_dims_of, sink_value
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role, Tokens
@@ -31,6 +32,8 @@ class Seen:
     phi: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, N) sink values of the prompt
     tower: dict[int, Tensor] = field(default_factory=dict)  # tower layer -> attention there, see `record`
     maps: list[dict[int, Tensor]] = field(default_factory=list)  # per forward: layer -> (B, H, Q, K)
+    ledgers: dict[int, Tokens] = field(default_factory=dict)  # layer -> what it has seen of the prompt
+    pictures: Pictures | None = None  # the encoding of its pictures, where a system asked for it
     _masses: list[list[Tensor]] = field(default_factory=list, repr=False)
     _rows: list[list[Tensor]] = field(default_factory=list, repr=False)
 
@@ -113,6 +116,8 @@ class Recorder(System):
 
     def attention(self, site: Site) -> list[Edit | Probe]:
         seen = self._seen(site)
+        if site.prefill:
+            seen.ledgers[site.layer], seen.pictures = site.tokens, site.pictures
         if site.layer == 0:
             seen._masses.append([])
             seen._rows.append([])

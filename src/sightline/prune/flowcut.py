@@ -40,6 +40,7 @@ from sightline.catalog import Paper, check_parameters, param, system
 from sightline.engine.attention import Probe
 from sightline.engine.select import Keep, best, entropy
 from sightline.engine.system import Shape, Site
+from sightline.engine.tokens import Role
 from sightline.errors import HostError, ParameterError
 from sightline.prune.parts.tower import Chooser, require_cls
 
@@ -62,6 +63,21 @@ def prune_count(attention: Tensor, left: int, target: int) -> int:
 def semantics(value: Tensor, scale: float = 1.0) -> Tensor:
     """(B, N) mean over heads of softmax_j(scale v[0] . v[j]); value (B, H, N, d)."""
     return (value[:, :, :1] @ value.transpose(-1, -2) * scale).float().softmax(-1).mean(1)[:, 0]
+
+
+def relay_scores(query: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Flow scores of visual tokens in the language model, by one relay.
+
+    Args:
+        query: (H, d) of the relay. value: (Hkv, d) of the relay. keys, values: (Hkv, n, d) of the visual tokens.
+
+    Returns:
+        (n,) fp32.
+    """
+    groups = len(query) // len(keys)
+    relation = (query.unflatten(0, (len(keys), groups)) @ keys.transpose(-1, -2) * scale).float().softmax(-1)
+    semantic = ((value[:, None] * values).sum(-1) * scale).float().softmax(-1)  # (Hkv, n): the same for its group
+    return scores(relation.mean((0, 1)), semantic.mean(0), values.mean(0).float())
 
 
 @system(
@@ -90,6 +106,7 @@ class FlowCut(Chooser):
 
     target_num: int | None = param(128, "visual tokens of a picture that stay; none: all", low=1)
     ema: float = param(0.5, "weight of the newest score in the moving average", low=0, high=1)
+    llm_layer: int = param(1, "decoder layer (0-based) behind which pictures seen in tiles are cut once more", low=0)
     every: int = param(2, "drop after every so many tower layers", low=1)
 
     def __post_init__(self) -> None:
@@ -98,7 +115,7 @@ class FlowCut(Chooser):
     def idle(self) -> bool:
         return self.target_num is None
 
-    def prepare(self, shape: Shape) -> dict[str, int]:
+    def prepare(self, shape: Shape) -> dict[str, int | None]:
         require_cls("flowcut", shape, "choose fopru, or vtc-cls:score=mean-received")
         if shape.merged:
             raise HostError(
@@ -108,7 +125,13 @@ class FlowCut(Chooser):
             raise ParameterError("flowcut needs a tower layer before the one that is projected, and there is none")
         target = self.target_num or 0
         target = max(1, target // 2) if shape.tiled else target
-        return {"last": shape.feature_layer, "prefix": shape.tower_prefix, "target": target}
+        if shape.tiled and self.llm_layer + 1 >= shape.layers:
+            raise ParameterError(
+                f"flowcut: llm_layer={self.llm_layer} leaves no decoder layer behind it: choose llm_layer in "
+                f"[0, {shape.layers - 2}]"
+            )
+        cut = self.llm_layer if shape.tiled else None
+        return {"last": shape.feature_layer, "prefix": shape.tower_prefix, "target": target, "cut": cut}
 
     def vision_attention(self, site: Site) -> Probe | None:
         """Score the patches alive in this layer."""
@@ -142,3 +165,28 @@ class FlowCut(Chooser):
         alive = torch.zeros(pictures.tower, dtype=torch.bool, device=embeddings.device)
         alive = alive.scatter(1, pictures.alive[-1], True)[:, site.setup["prefix"] :]  # (R, N)
         return self.choose(site, pictures.places.pool(alive) > 0)
+
+    def attention(self, site: Site) -> None:
+        """Of pictures seen in tiles: score the visual tokens by the last prompt token."""
+        if site.layer != site.setup["cut"] or not site.prefill or not site.tokens.has_image:
+            return
+        call, tokens = site.call, site.tokens
+        visual = tokens.visual.clone()
+        visual[:, : site.start] = False
+        real = (tokens.role != int(Role.PAD)) & (tokens.role != int(Role.GENERATED))
+        order = torch.arange(real.shape[1], device=real.device)
+        last = torch.where(real, order, -1).amax(1)  # (B,) column of the last prompt token
+        keep = torch.ones_like(visual)
+        for b in range(len(visual)):  # rows have different numbers of visual tokens
+            mine = visual[b].nonzero().flatten()
+            if len(mine) > self.target_num:
+                at = int(last[b])
+                relay = call.query[b, :, at - site.start], call.value[b, :, at]
+                found = relay_scores(*relay, call.key[b, :, mine], call.value[b, :, mine], call.scale)
+                keep[b, mine] = best(found, self.target_num)
+        site.state["keep"] = keep[:, site.start :]
+
+    def cut(self, site: Site, hidden: Tensor) -> Keep | None:
+        if site.setup["cut"] is None or site.layer != site.setup["cut"] + 1:
+            return None
+        return Keep(site.state.pop("keep"), "renumber")

@@ -123,6 +123,39 @@ def masses(look: Look, run: Run) -> Figure:
     return figure
 
 
+def kept(look: Look, run: Run) -> Figure:
+    """The picture at every stage at which visual tokens were dropped: what was dropped is dark."""
+    from matplotlib.collections import PolyCollection
+
+    count = max(1, len(run.stages))
+    columns = min(4, count)
+    width, height = look.layout.size
+    rows = -(-count // columns)
+    tall = float(np.clip(3 * height / width, 0.8, 6)) + 0.4
+    figure = Figure(figsize=(3 * columns, rows * tall + 0.4), layout="constrained")
+    boxes = look.layout.boxes
+    for axes, stage in zip(figure.subplots(rows, columns, squeeze=False).flat, [*run.stages], strict=False):
+        gone = _unseen(look, stage.kept)
+        corners = boxes[gone][:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+        axes.imshow(look.image.convert("RGB"), extent=(0, width, height, 0))
+        axes.add_collection(PolyCollection(corners, facecolor=(0, 0, 0, 0.72), linewidths=0, antialiased=False))
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_title(f"{stage.name}: {int(stage.kept.sum())} of {len(stage.kept)}", fontsize=9)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    said = "" if run.stages else ": nothing was dropped"
+    figure.suptitle(f"Visual tokens that are left · {_plain(title(run.label), 60)}{said}", fontsize=11)
+    return figure
+
+
+def _unseen(look: Look, kept: np.ndarray) -> np.ndarray:
+    """(n,) dropped tokens that are dark: of pictures seen in tiles, those of the tiles; the base where there are none."""
+    layout = look.layout
+    detail = (layout.crop >= 0) & (layout.crop != layout.base)
+    shown = detail if detail.any() else layout.crop >= 0
+    return np.flatnonzero(shown & ~kept & np.isfinite(layout.boxes).all(1))
+
+
 def group_colours(groups: Sequence[str]) -> list[str]:
     """The page's colours: the picture orange, its sinks vermilion, the rest cool; told apart by colour-blind eyes."""
     cool = iter(("#9aa3ad", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#f0e442") * 2)

@@ -21,8 +21,8 @@ FIGURES = ("overlay", "words", "sinks", "heads")  # functions of `report.figures
 def save(look: Look, out_dir: str | Path) -> dict[str, Path]:
     """Write the page, the figures and the numbers; returns name -> path.
 
-    Files: `report.html`, `look.json`; per run `overlay-N.png`, `words-N.png`, `sinks-N.png`, `heads-N.png` (N counts the
-    runs from 0). Nothing is written before everything is made, and each file is written beside its place and then moved,
+    Files: `report.html`, `look.json`; per run `overlay-N.png`, `words-N.png`, `sinks-N.png`, `heads-N.png`, and `kept-N.png`
+    where visual tokens were dropped (N counts the runs from 0). Nothing is written before everything is made, and each file is written beside its place and then moved,
     so that none is ever half there. Raises InputError when the folder cannot be written.
     """
     folder = Path(out_dir)
@@ -45,11 +45,13 @@ def _contents(look: Look) -> dict[str, tuple[str, bytes]]:
     }
     for index, run in enumerate(look.runs):
         for name in FIGURES:
-            made[f"{name}-{index}"] = (f"{name}-{index}.png", _png(getattr(figures, name)(look, run)))
+            made[f"{name}-{index}"] = (f"{name}-{index}.png", png(getattr(figures, name)(look, run)))
+        if run.stages:
+            made[f"kept-{index}"] = (f"kept-{index}.png", png(figures.kept(look, run)))
     return made
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     from io import BytesIO
 
     buffer = BytesIO()

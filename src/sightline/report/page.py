@@ -44,7 +44,7 @@ def render(look: Look, budget: int = pack.BUDGET) -> str:
     found = [words(look, run) for run in look.runs]
     page = env.get_template("report.html.j2").render(
         look=look,
-        runs=[_panel(*parts) for parts in zip(look.runs, scans, found, strict=True)],
+        runs=[_panel(look, *parts) for parts in zip(look.runs, scans, found, strict=True)],
         remark=plan.remark,
         settings=flat(plain(look.settings)),
         image_mass=IMAGE_MASS,
@@ -125,7 +125,7 @@ def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, shown if len(shown) <= LONGEST else shown[:LONGEST] + "… (whole in look.json)")]
 
 
-def _panel(run: Run, scan: Heads, found: list[WordSummary]) -> dict[str, Any]:
+def _panel(look: Look, run: Run, scan: Heads, found: list[WordSummary]) -> dict[str, Any]:
     """What the template needs of one run."""
     layers = sink_layers(run)
     return {
@@ -143,7 +143,17 @@ def _panel(run: Run, scan: Heads, found: list[WordSummary]) -> dict[str, Any]:
         "centric": [(i, h, scan.mass[i, h], scan.sink_share[i, h]) for i, h in scan.largest(12)],
         "centric_count": int(scan.centric.sum()),
         "did": flat(plain(run.notes)),
+        "stages": [(stage.name, int(stage.kept.sum()), len(stage.kept)) for stage in run.stages],
+        "kept": _kept(look, run) if run.stages else "",
     }
+
+
+def _kept(look: Look, run: Run) -> str:
+    """The figure of dropped tokens as a data URI."""
+    from sightline.report.figures import kept
+    from sightline.report.files import png
+
+    return f"data:image/png;base64,{base64.b64encode(png(kept(look, run))).decode('ascii')}"
 
 
 def title(label: str) -> str:

@@ -137,6 +137,7 @@ def _run(look: Look, run: Run) -> dict[str, Any]:
             "rule": {"image_mass_at_least": IMAGE_MASS, "sink_share_at_most": SINK_SHARE},
             "image_centric": centric,
         },
+        "kept": [{"stage": s.name, "tokens": np.flatnonzero(s.kept).tolist()} for s in run.stages],
         "did": plain(run.notes),
     }
 

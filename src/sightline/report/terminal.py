@@ -113,6 +113,9 @@ def _names(layer: dict[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
 def _did(run: Run) -> list[Any]:
     rate = f", {len(run.pieces) / run.seconds:.1f} tokens/s" if run.seconds > 0 else ""
     lines = [_line("time", f"{run.seconds:.2f} s, {len(run.pieces)} token{'s' * (len(run.pieces) != 1)}{rate}")]
+    if run.stages:
+        left = "; ".join(f"{s.name} {int(s.kept.sum())} of {len(s.kept)}" for s in run.stages)
+        lines.append(_line("visual tokens left", left))
     return lines + [_line(name, value) for name, value in flat(plain(run.notes))]
 
 

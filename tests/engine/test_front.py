@@ -186,6 +186,20 @@ def test_a_second_picture_later(tiny):
     assert_close("the second block", found, wanted[:, -found.shape[1] :], CLOSE)
 
 
+def test_a_second_question_without_a_picture(tiny):
+    """Nothing is cut from it, and the shortened prompt is still counted right."""
+    host = tiny("llava")
+    one = host.inputs(["Is there a dog?"], [[picture()]])
+    text = host.inputs(["And there?"])
+    joined = {k: torch.cat([one[k], text[k]], 1) for k in ("input_ids", "attention_mask")}
+    with sl.attach(host.model, every(3)), torch.no_grad():
+        wanted = host.model(**joined, pixel_values=one["pixel_values"], use_cache=False).logits
+        cache = host.model(**one, use_cache=True).cache
+        later = {"input_ids": text["input_ids"], "attention_mask": joined["attention_mask"]}
+        found = host.model(**later, cache=cache, use_cache=True).logits
+    assert_close("the second question", found, wanted[:, -found.shape[1] :], CLOSE)
+
+
 def test_what_cannot_be_cut_says_so(tiny):
     host = tiny("llava")
     with sl.attach(host.model, every(3)):

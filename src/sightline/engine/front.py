@@ -161,7 +161,9 @@ class Front:
             return None
         if sequence.cut is not None:
             sequence.cut = sequence.cut.forget()
-        if not sequence.prefill or not sequence.tokens.has_image:
+        tokens = sequence.tokens
+        start = tokens.shape[1] - sequence.queries
+        if not sequence.prefill or not tokens.has_image or not (start == 0 or bool(tokens.visual[:, start:].any())):
             return None
         now = [kwargs]
         for found in self.owner.each("visual_tokens", "text", -1, lambda: now[0]["inputs_embeds"]):

@@ -18,9 +18,13 @@ from tests.tiny_hosts import TINY, picture
 LVLM = [name for name in TINY if name != "gemma3_pan_and_scan"]
 
 
+LAYERED = ("hidden", "attention", "mlp", "output")
+
+
 def runs(events: list[dict]) -> list[str]:
-    """Names of the stations with what repeats folded: those of every layer are one "layers", in the tower "tower"."""
-    folded = dict.fromkeys(("cut", "hidden", "attention"), "layers") | dict.fromkeys(
+    """Names of the stations with what repeats folded: those of every decoder layer, and the mask, are one
+    "layers", those of every tower layer "tower"."""
+    folded = dict.fromkeys((*LAYERED, "mask", "cut"), "layers") | dict.fromkeys(
         ("vision_hidden", "vision_attention"), "tower"
     )
     found: list[str] = []
@@ -39,8 +43,8 @@ def test_the_path_of_one_question(name, tiny):
     events: list[dict] = []
     with sl.attach(host.model, watcher(events)):
         generate(host.model, inputs, 3)
-    once = ["visual_tokens", "layers", "cache", "logits"]
-    assert runs(events) == ["pixels", "tower", *once, *(["layers", "cache", "logits"] * 2)]
+    every = ["positions", "layers", "cache", "logits"]
+    assert runs(events) == ["pixels", "tower", "visual_tokens", *(every * 3)]
 
     vision = [e for e in events if e["tower"] == "vision"]
     layers = [e["layer"] for e in vision if e["station"] == "vision_attention"]
@@ -52,9 +56,14 @@ def test_the_path_of_one_question(name, tiny):
     text = [e for e in events if e["tower"] == "text"]
     hidden = [e for e in text if e["station"] == "hidden"]
     assert [e["layer"] for e in hidden] == [0, 1, 2, 3] * 3
-    inside = [(e["station"], e["layer"]) for e in text if e["station"] in ("cut", "hidden", "attention")]
-    prompt = [(s, i) for i in range(4) for s in ("cut", "hidden", "attention")]  # only there can tokens be dropped
-    assert inside == prompt + [(s, i) for i in range(4) for s in ("hidden", "attention")] * 2
+    inside = [(e["station"], e["layer"]) for e in text if e["station"] in LAYERED]
+    assert inside == [(s, i) for i in range(4) for s in LAYERED] * 3
+    cuts = [(e["step"], e["layer"]) for e in text if e["station"] == "cut"]
+    assert cuts == [(0, i) for i in range(4)], "only in the prompt can tokens be dropped"
+    masks = [e for e in text if e["station"] == "mask"]  # once per kind of layer, in the prompt only
+    assert [(e["step"], e["shape"][-2:]) for e in masks] == [(0, (n, n))] * (2 if "gemma3" in name else 1)
+    axes = 3 if "qwen" in name else 1
+    assert [e["shape"] for e in text if e["station"] == "positions"] == [(axes, rows, q) for q in (n, 1, 1)]
     assert [e["shape"] for e in hidden[::4]] == [(rows, n, 32), (rows, 1, 32), (rows, 1, 32)]
     assert [e["shape"] for e in text if e["station"] == "visual_tokens"] == [(rows, n, 32)]
     assert {e["shape"] for e in text if e["station"] == "logits"} == {(rows, host.model.config.text_config.vocab_size)}

@@ -14,13 +14,16 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from sightline.engine.attention import Call
 from sightline.engine.compiled import run_uncompiled
 from sightline.engine.cuts import Cutter, View
 from sightline.engine.front import Front
 from sightline.engine.seats import Seat, switch_attention
-from sightline.engine.sequences import Sequences, made_cache
+from sightline.engine.sequences import Sequences, given_cache, made_cache
+from sightline.engine.streams import last_real, run_streams
 from sightline.engine.system import Shape, Site, System
 from sightline.errors import AttachError, HostError, ParameterError, UnknownNameError, nearest
 from sightline.hosts import Host, ViTHost, check, feature_layer, find, get, prefix
@@ -158,7 +161,16 @@ class Attachment:
         self._undo.callback(handle.remove)
         decoder = get(self.model, self.host.decoder)
         self.front.enter(used, self._undo)
+        if any(w.system.streams() for w in self.workers if w.stations):
+            self._hook(decoder, self._streams, with_kwargs=True)
+        if "positions" in text:
+            self._hook(decoder, self._positions, with_kwargs=True)
         layers = list(get(decoder, self.host.layers))
+        parts = {"mlp": [get(layer, self.host.mlp) for layer in layers] if "mlp" in text else [], "output": layers}
+        for station in sorted(text & parts.keys()):
+            for i, module in enumerate(parts[station]):
+                handle = module.register_forward_hook(partial(self._output, station, i))
+                self._undo.callback(handle.remove)  # before the cutter's, which puts dropped tokens back
         if not text.isdisjoint(CUTTING):
             rotary = get(decoder, self.host.rotary) if hasattr(decoder, self.host.rotary) else None
             deep = len(get(self.model.config, self.host.deepstack)) if self.host.deepstack else 0
@@ -167,7 +179,7 @@ class Attachment:
         if "hidden" in text:
             for i, layer in enumerate(layers):
                 self._hook(layer, partial(self._hidden, i), with_kwargs=True)
-        if "attention" in text or self.cutter is not None:
+        if text & {"attention", "mask"} or self.cutter is not None:
             self._take_seats("text", self.text_attention())
 
     def _take_seats(self, tower: str, modules: list[nn.Module]) -> None:
@@ -216,7 +228,7 @@ class Attachment:
         """Call a station of every system that has it, in attach order; returns what is not None. `facts`: of the site."""
         results = []
         for i, worker in enumerate(self.workers):
-            if station not in worker.stations:
+            if station not in worker.stations or not self._takes_part(worker, tower):
                 continue
             site = self._site(i, worker, tower, layer, layers, heads)
             found = getattr(worker.system, station)(replace(site, **facts) if facts else site, *args)
@@ -228,7 +240,7 @@ class Attachment:
         """What a station of every system returns for a value, one after the other; later ones see what became of it."""
         layers, heads = (self.shape.layers, self.shape.heads) if tower == "text" else (self.shape.tower_layers, 0)
         for i, worker in enumerate(self.workers):
-            if station in worker.stations:
+            if station in worker.stations and self._takes_part(worker, tower):
                 site = self._site(i, worker, tower, layer, layers, heads)
                 found = getattr(worker.system, station)(site, value())
                 if found is not None:
@@ -238,13 +250,49 @@ class Attachment:
         """Pass a tensor through a station of every system in turn; None when none changed it."""
         changed = None
         for i, worker in enumerate(self.workers):
-            if station not in worker.stations:
+            if station not in worker.stations or not self._takes_part(worker, tower):
                 continue
             layers, heads = (self.shape.layers, self.shape.heads) if tower == "text" else (0, 0)
             site = self._site(i, worker, tower, layer, layers, heads)
             found = getattr(worker.system, station)(site, value if changed is None else changed)
             changed = changed if found is None else found
         return changed
+
+    def _takes_part(self, worker: _Worker, tower: str) -> bool:
+        """Whether a system acts in the run now going on: an extra run is for those that asked for it."""
+        sequence = self.sequences.current
+        if tower == "vision" or sequence is None or not sequence.stream:
+            return True
+        return worker.system.everywhere or sequence.stream in worker.system.streams()
+
+    def mask(self, call: Call, layer: int) -> Tensor | None:
+        """The mask of a prompt's attention call as the systems want it, in the host's form; None: as it is.
+
+        Made once per forward for every mask that the host uses (sliding layers have their own), whatever the layer.
+
+        Raises:
+            AttachError: tokens were dropped before this layer, so the host's mask is not the prompt's.
+        """
+        sequence = self.sequences.current
+        if not sequence.prefill or not any("mask" in w.stations for w in self.workers):
+            return None
+        dropped = max(0, sequence.tokens.shape[1] - call.keys)  # by a sliding-window cache, from the front
+        if sequence.cuts.depths[layer] is not None or layer in sequence.cuts.held:
+            if any(w.system.slug for w in self.workers if "mask" in w.stations):
+                raise AttachError(
+                    "a system that changes the mask and one that drops tokens inside the model cannot run together"
+                )
+            return None
+        key = (id(call.mask), call.keys)
+        if key not in sequence.masks:
+            seen = sequence.tokens.shape[1] - dropped  # a static cache has more keys, still empty
+            new = self.thread("mask", "text", -1, F.pad(call.allowed()[..., :seen], (dropped, 0), value=False))
+            new = new if new is None else F.pad(new[..., dropped:], (0, call.keys - seen), value=False)
+            if new is not None and call.weights:  # the eager kernel adds its mask
+                zero = torch.zeros((), dtype=call.query.dtype, device=new.device)
+                new = torch.where(new, zero, torch.finfo(call.query.dtype).min)
+            sequence.masks[key] = (call.mask, new)  # the host's mask lives as long as its id stands for it
+        return sequence.masks[key][1]
 
     def _site(self, i: int, worker: _Worker, tower: str, layer: int, layers: int, heads: int) -> Site:
         sequence = self.sequences.current
@@ -279,6 +327,8 @@ class Attachment:
             columns=None if depth is None else depth.column,
             labels=sequence.labels_here,
             cuts=None if self.cutter is None else View(self.cutter, layer),
+            stream=sequence.stream,
+            head=self._head,
         )
 
     def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -312,14 +362,31 @@ class Attachment:
                 if self.cutter is not None:
                     self.cutter.cache = cache
                 self.call("cache", "text", -1, layers, heads, cache)
-            new = self.thread("logits", "text", -1, output.logits[:, -1])
+            rows, last = torch.arange(len(output.logits), device=output.logits.device), self._last(output.logits)
+            new = self.thread("logits", "text", -1, output.logits[rows, last])
         finally:
             if self.cutter is not None:
                 self.cutter.settle(cache)
             self.sequences.finish(output)
         if new is not None:
-            output.logits = torch.cat([output.logits[:, :-1], new[:, None].to(output.logits.dtype)], 1)
+            logits = output.logits.clone()
+            logits[rows, last] = new.to(logits.dtype)
+            output.logits = logits
         return output.to_tuple() if self._tuples else output
+
+    def _last(self, logits: Tensor) -> Tensor | int:
+        """Which position of logits (B, R, V) predicts the next token: the last that is not padding; (B,) or -1."""
+        sequence = self.sequences.current
+        if not sequence.prefill or logits.shape[1] != sequence.queries:
+            return -1
+        return (last_real(sequence.tokens) - (sequence.tokens.shape[1] - sequence.queries)).clamp(min=0)
+
+    def _head(self, hidden: Tensor, norm: bool = False) -> Tensor:
+        """Scores (B, V) of states (B, D), by the model's output head; `norm`: behind its last norm."""
+        if norm:
+            hidden = get(get(self.model, self.host.decoder), self.host.norm)(hidden)
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.dtype))
 
     def _forget(self, module: nn.Module, args: tuple) -> None:
         self.vision_states = [{} for _ in self.systems]
@@ -331,6 +398,39 @@ class Attachment:
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
+
+    def _streams(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sequence = self.sequences.current
+        if sequence is None or sequence.stream or sequence.step or sequence.queries != sequence.tokens.shape[1]:
+            return
+        if sequence.tokens.has_image and kwargs.get("inputs_embeds") is not None:
+            run_streams(self, module, kwargs)
+
+    def _positions(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        sequence, embeddings = self.sequences.current, kwargs.get("inputs_embeds")
+        if sequence is None or embeddings is None:
+            return None
+        given = kwargs.get("position_ids")
+        if given is None:
+            start = sequence.tokens.shape[1] - sequence.queries
+            given = torch.arange(start, start + sequence.queries, device=embeddings.device)
+            given = given.expand(embeddings.shape[0], -1)
+        axes = given[None] if given.ndim == 2 else given[-3:]  # a fourth row numbers the text, for packed sequences
+        new = self.thread("positions", "text", -1, axes)
+        if new is None:
+            return None
+        new = new[0] if given.ndim == 2 else torch.cat([given[:-3], new])
+        more = {"position_ids": new}
+        if kwargs.get("attention_mask") is None and given_cache(kwargs) is None:
+            more["attention_mask"] = embeddings.new_ones(embeddings.shape[:2], dtype=torch.long)  # else uneven places
+        return args, {**kwargs, **more}  # would be read as packed sequences
+
+    def _output(self, station: str, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self.sequences.current is None:
+            return None
+        several = isinstance(output, tuple)
+        new = self.thread(station, "text", layer, output[0] if several else output)
+        return (new, *output[1:]) if several and new is not None else new
 
     def _hidden(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.sequences.current is None:

@@ -45,23 +45,34 @@ class Call:
     def keys(self) -> int:
         return self.key.shape[2]
 
+    def allowed(self) -> Tensor:
+        """(B|1, H|1, Q, K) bool: which key each query may attend to."""
+        if self.mask is None:
+            allowed = torch.ones(self.queries, self.keys, dtype=torch.bool, device=self.query.device)
+            return (allowed.tril() if self.causal else allowed)[None, None]
+        mask = self.mask[..., : self.keys]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+
 
 @dataclass(frozen=True)
 class Edit:
     """What a system does to one attention call. Everything counts columns as the token ledger does (N positions).
 
-    Queries [start, stop) of the block are edited, of these only the ones in `rows`. In order: `bias`, `factors`,
+    Queries [start, stop) of the block are edited, of these only the ones in `rows`. In order: `boost`, `bias`, `factors`,
     `rewrite`, `gain`, `after`.
     """
 
     start: int = 0
     stop: int | None = None
     rows: Tensor | None = None  # (B, stop - start) bool
+    boost: Tensor | None = None  # (B|1, H|1, 1, <= N): logits w become w + boost |w|, before any bias
     bias: Tensor | None = None  # (B|1, H|1, stop - start | 1, <= N) added to the logits
     groups: Tensor | None = None  # (B, <= N, G) 0/1 in fp32: disjoint key groups; later columns belong to none
     factors: Callable[[Tensor, int], Tensor] | None = None  # (masses (B, H, R, G), first row) -> factors (B, H, R, G)
     rewrite: Callable[[Tensor, int], Tensor] | None = None  # (weights (B, H, R, K), first row) -> weights
-    gain: Tensor | None = None  # (B|1, H, stop - start | 1) factor on head outputs
+    # factor (B|1, H, stop - start | 1) on head outputs, or a function that makes it of them (None: leave them):
+    # (outputs (B, R, H, Dv), first row) -> (B|1, H, R | 1)
+    gain: Tensor | Callable[[Tensor, int], Tensor | None] | None = None
     after: Callable[[Tensor, int], Tensor] | None = None  # (outputs (B, R, H, Dv), first row) -> outputs; last of all
 
 
@@ -103,7 +114,7 @@ def attend(
 
 
 def _only_after(edit: Edit) -> bool:
-    return edit.after is not None and edit.bias is edit.factors is edit.rewrite is edit.gain is None
+    return edit.after is not None and edit.boost is edit.bias is edit.factors is edit.rewrite is edit.gain is None
 
 
 def _after(output: Tensor, edit: Edit) -> Tensor:
@@ -148,7 +159,7 @@ def _attend(
     return output, weights
 
 
-def row_weights(call: Call, start: int, stop: int, bias: Tensor | None = None) -> Tensor:
+def row_weights(call: Call, start: int, stop: int, bias: Tensor | None = None, boost: Tensor | None = None) -> Tensor:
     """Softmax weights of queries [start, stop): (B, H, R, K) fp32. A row that sees no key is zero, never NaN."""
     heads_kv = call.key.shape[1]
     power = 2.0 ** math.floor(math.log2(call.scale))  # exact, and keeps q k^T in fp16 from overflowing
@@ -156,6 +167,7 @@ def row_weights(call: Call, start: int, stop: int, bias: Tensor | None = None) -
     batch, heads, rows, dim = query.shape
     grouped = query.reshape(batch, heads_kv, heads // heads_kv * rows, dim)
     scores = (grouped @ call.key.transpose(-1, -2)).view(batch, heads, rows, call.keys).float() * (call.scale / power)
+    scores = scores if boost is None else torch.addcmul(scores, boost, scores.abs())
     scores = _masked(call, scores if bias is None else scores + bias, start, stop)
     if bias is None and call.mask is None and call.only is None:
         return scores.softmax(-1)
@@ -235,7 +247,8 @@ def merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> tuple
 
 
 def _edited_weights(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor:
-    weights = row_weights(call, a, b, _bias(call, edits, a, b))
+    boost = _summed(call, edits, [e.boost for e in edits], a, b)
+    weights = row_weights(call, a, b, _bias(call, edits, a, b), boost)
     for edit in edits:
         lo, hi = _overlap(edit, a, b, call.queries)
         if lo >= hi or (edit.factors is None and edit.rewrite is None):
@@ -316,9 +329,8 @@ def _put(output: Tensor, new: Tensor, edits: Sequence[Edit], a: int, b: int, que
         rows = None if edit.rows is None else edit.rows[:, lo - edit.start : hi - edit.start]
         every = every or (rows is None and (lo, hi) == (a, b))
         covered[:, lo - a : hi - a] |= True if rows is None else rows
-        if edit.gain is not None:
-            gain = edit.gain if edit.gain.shape[-1] == 1 else edit.gain[..., lo - edit.start : hi - edit.start]
-            gain = gain.transpose(1, 2)[..., None].to(new.dtype)  # (B|1, R|1, H, 1)
+        gain = _gain(edit, new[:, lo - a : hi - a], lo, hi)
+        if gain is not None:
             part = new[:, lo - a : hi - a] * gain
             part = part if rows is None else torch.where(rows[:, :, None, None], part, new[:, lo - a : hi - a])
             new = torch.cat([new[:, : lo - a], part, new[:, hi - a :]], 1)
@@ -372,6 +384,17 @@ def among(call: Call) -> Tensor:
     return full[:, :, : call.queries].transpose(1, 2).contiguous()
 
 
+def _gain(edit: Edit, outputs: Tensor, lo: int, hi: int) -> Tensor | None:
+    """The edit's factor on head outputs (B, R, H, Dv) of rows [lo, hi), as (B|1, R|1, H, 1); None: there is none."""
+    if callable(edit.gain):
+        gain = edit.gain(outputs, lo)
+    elif edit.gain is not None and edit.gain.shape[-1] > 1:
+        gain = edit.gain[..., lo - edit.start : hi - edit.start]
+    else:
+        gain = edit.gain
+    return None if gain is None else gain.transpose(1, 2)[..., None].to(outputs.dtype)
+
+
 def _masked(call: Call, scores: Tensor, start: int, stop: int) -> Tensor:
     """Scores (..., R, K) of queries [start, stop), -inf where they may not look (additive masks are added)."""
     if call.only is not None:
@@ -390,23 +413,28 @@ def _masked(call: Call, scores: Tensor, start: int, stop: int) -> Tensor:
 
 def _bias(call: Call, edits: Sequence[Edit], a: int, b: int) -> Tensor | None:
     """The sum of the edits' additive biases on rows [a, b), fp32 (B|1, H|1, R, <= K); None: there is none."""
+    return _summed(call, edits, [e.bias for e in edits], a, b)
+
+
+def _summed(call: Call, edits: Sequence[Edit], terms: Sequence[Tensor | None], a: int, b: int) -> Tensor | None:
+    """The sum of the edits' terms (B|1, H|1, rows | 1, <= N) on rows [a, b), each in its own rows only."""
     total = None
-    for edit in edits:
+    for edit, term in zip(edits, terms, strict=True):
         lo, hi = _overlap(edit, a, b, call.queries)
-        if edit.bias is None or lo >= hi:
+        if term is None or lo >= hi:
             continue
-        bias = edit.bias.float()[..., : call.keys]
-        bias = bias if bias.shape[2] == 1 else bias[:, :, lo - edit.start : hi - edit.start]
-        bias = F.pad(bias.expand(-1, -1, hi - lo, -1), (0, call.keys - bias.shape[-1], lo - a, b - hi))
+        term = term.float()[..., : call.keys]
+        term = term if term.shape[2] == 1 else term[:, :, lo - edit.start : hi - edit.start]
+        term = F.pad(term.expand(-1, -1, hi - lo, -1), (0, call.keys - term.shape[-1], lo - a, b - hi))
         if edit.rows is not None:
             rows = F.pad(edit.rows[:, lo - edit.start : hi - edit.start], (lo - a, b - hi))
-            bias = bias.masked_fill(~rows[:, None, :, None], 0.0)  # not a product: the bias may be -inf
-        total = bias if total is None else total + bias
+            term = term.masked_fill(~rows[:, None, :, None], 0.0)  # not a product: a bias may be -inf
+        total = term if total is None else total + term
     return total
 
 
 def _only_bias_or_gain(edit: Edit) -> bool:
-    return edit.factors is None and edit.rewrite is None
+    return edit.factors is None and edit.rewrite is None and edit.boost is None
 
 
 def _only_gain(edit: Edit) -> bool:

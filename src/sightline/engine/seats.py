@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,10 @@ class Seat:
             self.peeking(call)
         if self.tower == "text" and self.attachment.sequences.current is None:
             return plain()
+        if self.tower == "text":
+            mask = self.attachment.mask(call, self.layer)
+            if mask is not None:
+                call, plain = replace(call, mask=mask, causal=False), partial(plain, mask)
         wishes = self.attachment.call("attention" if self.tower == "text" else "vision_attention",
                                       self.tower, self.layer, self.layers, call.query.shape[1], call=call)  # fmt: skip
         if not wishes:
@@ -119,7 +124,8 @@ def _on_keys(wish: Wish, width: int, keys: int) -> Wish:
         return Only(wish.tokens[:, dropped:])
     groups = None if wish.groups is None else wish.groups[:, dropped:]
     bias = None if wish.bias is None else wish.bias[..., dropped:]
-    return replace(wish, groups=groups, bias=bias)
+    boost = None if wish.boost is None else wish.boost[..., dropped:]
+    return replace(wish, groups=groups, bias=bias, boost=boost)
 
 
 def _on_held(wish: Wish, held: Held, width: int) -> Wish:
@@ -143,7 +149,8 @@ def _on_held(wish: Wish, held: Held, width: int) -> Wish:
     )
     groups = None if wish.groups is None else drawn_in(wish.groups, 1, index.shape[1])
     bias = None if wish.bias is None else drawn_in(wish.bias, 3, index.shape[1])
-    return replace(wish, groups=groups, bias=bias, rewrite=rewrite)
+    boost = None if wish.boost is None else drawn_in(wish.boost, 3, index.shape[1])
+    return replace(wish, groups=groups, bias=bias, boost=boost, rewrite=rewrite)
 
 
 def switch_attention(model: nn.Module, root: nn.Module, modules: list[nn.Module], undo: ExitStack) -> dict[int, str]:
@@ -214,8 +221,11 @@ def attention_function(
     if is_causal is not None:
         kwargs["is_causal"] = is_causal
 
-    def plain() -> tuple[Tensor, Tensor | None]:
-        return inner(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    def plain(mask: Tensor | None = attention_mask) -> tuple[Tensor, Tensor | None]:
+        if mask is not attention_mask and key.shape[2] > mask.shape[-1]:  # the rest of a static cache is still empty
+            closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = F.pad(mask, (0, key.shape[2] - mask.shape[-1]), value=closed)
+        return inner(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
     if seat is None:
         return plain()

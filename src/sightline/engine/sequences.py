@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sightline.engine.pictures import Pictures
 
 KEY = "_sightline"
+IGNORED = -100  # transformers' label of what is not learnt
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Sequence:
     prompt: Tensor | None = field(default=None, repr=False)  # (B, N) ids of the prompt, only kept without a cache
     pictures: Pictures | None = None  # of its last block with pictures
     cut: Cut | None = None  # set when its prompt was shortened before the decoder
+    stream: str = ""  # an extra run of a prompt ("text", "plain"); "" for what the caller asked for
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False)  # masks made in the forward now running
 
     @property
     def labels_here(self) -> Tensor | None:
@@ -88,6 +91,7 @@ class Sequences:
         if sequence.prefill:
             self.owner.front.take(sequence)
         sequence.step += 1
+        sequence.masks = {}
         if cache is not None:
             setattr(cache, KEY, sequence)
         self.current = sequence
@@ -103,8 +107,10 @@ class Sequences:
         """The forward is over: the cache it made carries the sequence from now on."""
         sequence = self.current
         cache = made_cache(output)
-        if sequence is not None and cache is not None:
-            setattr(cache, KEY, sequence)
+        if sequence is not None:
+            sequence.masks = {}
+            if cache is not None:
+                setattr(cache, KEY, sequence)
         self.current = None
         return sequence
 
@@ -117,12 +123,15 @@ class Sequences:
             tokens = Tokens.from_ids(
                 ids, self.image_token, _fit(mask, ids), prompt=old.prompt.shape[1], counts=counts, **video
             )
-            old.tokens, old.cuts = tokens, self._uncut()
+            old.tokens, old.cuts = tokens, self.uncut()
             return old
         tokens = Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts, **video)
+        labels = given.get("labels")
+        if labels is not None and labels.shape == ids.shape:
+            tokens = tokens.answered(labels != IGNORED)
         states = self.owner.vision_states
         self.owner.vision_states = [{} for _ in states]
-        sequence = Sequence(tokens, states, self.owner, self._uncut(), prompt=ids if uncached else None)
+        sequence = Sequence(tokens, states, self.owner, self.uncut(), prompt=ids if uncached else None)
         self._uncached = sequence if uncached else None
         return sequence
 
@@ -155,7 +164,7 @@ class Sequences:
             none = torch.full_like(role, -1)
             place = torch.arange(past, device=ids.device, dtype=torch.int32).expand_as(role)
             tokens = Tokens(role, none.to(torch.int16), none.to(torch.int32), place)
-            known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner, self._uncut())
+            known = Sequence(tokens, [{} for _ in self.owner.systems], self.owner, self.uncut())
         elif known.owner is not self.owner:  # the ledger is still true; what another attachment's systems knew is not
             if self.owner.cutter is None and any(depth is not None for depth in known.cuts.depths):
                 raise AttachError(
@@ -184,7 +193,7 @@ class Sequences:
             known.tokens = tokens.generated()
         return known
 
-    def _uncut(self) -> Cuts:
+    def uncut(self) -> Cuts:
         return Cuts([None] * self.owner.shape.layers)
 
 

@@ -2,6 +2,8 @@
 
 The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> decoder layers (cut, hidden,
 attention) -> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
+The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> positions -> decoder layers (hidden,
+mask, attention, mlp, output) -> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
 Systems never see the host: everything they may know is on the site.
 """
 
@@ -30,6 +32,12 @@ STATIONS = (
     "cut",
     "hidden",
     "attention",
+    "positions",
+    "hidden",
+    "mask",
+    "attention",
+    "mlp",
+    "output",
     "cache",
     "logits",
 )
@@ -77,12 +85,23 @@ class Site:
     columns: Tensor | None = None  # (B, M) column in `whole` of everything in `tokens`; -1: filler; None: the same
     labels: Tensor | None = None  # (B, Q) wanted next tokens of the block, where the model is trained
     cuts: View | None = None  # what was dropped at which layer, attention rows before a cut, taking out of the cache
+    stream: str = ""  # which of the system's extra runs this is ("text", "plain"); "" in the run that answers
+    head: Callable[..., Tensor] | None = None  # (states (B, D), norm=False) -> (B, V): the model's own output head
 
 
 class System:
     """Base of all systems. Override the stations you need; return None to leave things as they are."""
 
     slug = ""
+    everywhere = False  # True: part of the model as it was trained, so it also acts in the extra runs of other systems
+
+    def streams(self) -> tuple[str, ...]:
+        """Extra runs of a prompt with pictures that the engine makes before the prompt itself, without a cache.
+
+        "text": the prompt with its pictures left out. "plain": the prompt as it is, with no system acting. In them the
+        stations of this system are called with `site.stream` set and the same `site.state` as in the run that answers.
+        """
+        return ()
 
     def conflicts(self, other: System) -> str | None:
         """Why this system cannot run together with `other`; None when it can."""
@@ -123,11 +142,23 @@ class System:
         this layer's attention rows beforehand; they cost its projections.
         """
 
+    def positions(self, site: Site, positions: Tensor) -> Tensor | None:
+        """(A, B, Q) position ids of the block as the decoder gets them; A = 3 where rotary positions have three axes."""
+
     def hidden(self, site: Site, hidden: Tensor) -> Tensor | None:
         """(B, Q, D) input of decoder layer `site.layer`, before its norm."""
 
+    def mask(self, site: Site, allowed: Tensor) -> Tensor | None:
+        """(B|1, 1, Q, N) bool, which position each query of a prompt may attend to. Asked once for all layers alike."""
+
     def attention(self, site: Site) -> Edit | Probe | Only | None:
         """The self-attention call of decoder layer `site.layer`; also a list of wishes."""
+
+    def mlp(self, site: Site, output: Tensor) -> Tensor | None:
+        """(B, Q, D) output of the feed-forward part of decoder layer `site.layer`, before it is added."""
+
+    def output(self, site: Site, hidden: Tensor) -> Tensor | None:
+        """(B, Q, D) state that leaves decoder layer `site.layer`; after the last one the final norm follows."""
 
     def cache(self, site: Site, cache: Any) -> None:
         """The key-value cache after a forward.
@@ -136,7 +167,7 @@ class System:
         """
 
     def logits(self, site: Site, logits: Tensor) -> Tensor | None:
-        """(B, V) scores of the next token."""
+        """(B, V) scores of the next token: of the last position that is not padding."""
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
         """What the system did since entry, as plain numbers, from what it kept in `site.tally`."""

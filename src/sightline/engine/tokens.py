@@ -171,6 +171,11 @@ class Tokens:
             self._hand_down(grown)
         return grown
 
+    def answered(self, supervised: Tensor) -> Tokens:
+        """The ledger of a training sample: text that is `supervised` (B, N) bool is the answer, as if generated."""
+        text = self.where(Role.BEFORE, Role.AFTER) & supervised.to(self.role.device)
+        return replace(self, role=self.role.masked_fill(text, int(Role.GENERATED)))
+
     def crop(self, length: int) -> Tokens:
         """The ledger of the first `length` positions (a cache was cropped)."""
         return replace(

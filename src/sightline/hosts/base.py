@@ -40,6 +40,8 @@ class Host:
     rotary: str = "rotary_emb"  # inside the decoder: makes the rotary angles from position ids
     input_norm: str = "input_layernorm"  # inside a decoder layer: before its attention
     key_value: tuple[str, str] = ("k_proj", "v_proj")  # inside the attention
+    mlp: str = "mlp"  # inside a decoder layer
+    norm: str = "norm"  # the last norm, inside the decoder
     tower: str = "model.vision_tower"
     tower_layers: str = "encoder.layers"  # inside the tower
     tower_attention: str = "self_attn"  # inside a tower layer

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 from sightline.engine.system import System
 from sightline.prune import VTCCLS, DyVTE, FlowCut, FoPru, HiRED, MustDrop, PyramidDrop, QuoTA, Random, SlowFast, ZipVL
+from sightline.steer.aki_mma import AKIMMA
+from sightline.steer.cca import CCA
+from sightline.steer.dual_stream_emphasis import DualStreamEmphasis
 from sightline.steer.moh_llm import MoHLLM
 from sightline.steer.var import VAR
+from sightline.steer.vhr import VHR
+from sightline.steer.vista import VISTA
 
 
 @dataclass(frozen=True)
@@ -62,4 +67,14 @@ CASES: dict[str, Case] = {
         text_too=True,
         chooses=True,
     ),
+    "vhr": Case(VHR(alpha=3.0), VHR(alpha=1.0), chooses=True),
+    "vista": Case(VISTA(lam=0.6), VISTA(lam=0.0, logits_alpha=0.0)),
+    "dual-stream-emphasis": Case(
+        DualStreamEmphasis(alpha=3.0, beta=2.0, first_layer=0),
+        DualStreamEmphasis(alpha=0.0, beta=0.0),
+        NO_CLS,
+        chooses=True,
+    ),
+    "cca": Case(CCA(trained=True), CCA(positions_by_ring=False, mask_by_ring=False)),
+    "aki-mma": Case(AKIMMA(trained=True), AKIMMA(question=0)),
 }

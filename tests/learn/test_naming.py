@@ -41,7 +41,9 @@ def test_loss_is_zero_where_every_patch_is_named(toy, toy_processor):
     with torch.no_grad():
         assert naming.loss_of(batch, perfect, known)[0] < 1e-10
         assert naming.loss_of(batch, toy, known)[0] > 0.5
-        assert naming.loss_of(batch, perfect, known)[1]["kind"] > 0.17  # five times chance: 32 dimensions keep 29 words apart only so well
+        assert (
+            naming.loss_of(batch, perfect, known)[1]["kind"] > 0.17
+        )  # five times chance: 32 dimensions keep 29 words apart only so well
 
 
 def test_a_fresh_decoder_looks_at_the_patches_that_a_word_names(toy, toy_processor):

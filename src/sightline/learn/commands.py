@@ -15,6 +15,7 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32.")]
+With = Annotated[str, typer.Option("--with", help="Systems that the weights are trained with: cca, aki-mma, or none.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare data; 0 prepares it in this one.")]
 
 
@@ -34,6 +35,12 @@ def _device(name: str):
     return device
 
 
+def _systems(spec: str) -> list:
+    from sightline.catalog import parse
+
+    return parse(spec)
+
+
 @app.command("tiny-llava")
 def tiny_llava(
     out: Out = Path("tiny-llava-run"),
@@ -46,6 +53,7 @@ def tiny_llava(
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = 0,
+    with_: With = "none",
     pictures: Annotated[int, typer.Option(help="Held-out scenes for the final evaluation; 0 skips it.")] = 360,
 ) -> None:
     """Train a tiny LLaVA on generated scenes: tower, naming, reading, instruction tuning, evaluation."""
@@ -61,9 +69,11 @@ def tiny_llava(
     chosen = replace(recipe.PRESETS[preset], seed=seed).scaled(scale)
     chosen = chosen.with_steps("instruct", steps) if steps is not None else chosen
     where = _device(device)
-    tiny_llava.run(chosen, out, device=where, precision=precision, minutes=minutes, workers=workers, only=only)
+    tiny_llava.run(chosen, out, device=where, precision=precision, minutes=minutes, workers=workers, only=only,
+                   systems=_systems(with_))  # fmt: skip
     if only in (None, "instruct") and pictures:
-        results = tiny_llava.report(out / "model", chosen, device=where, pictures=pictures, per_kind=pictures)
+        results = tiny_llava.report(out / "model", chosen, device=where, pictures=pictures, per_kind=pictures,
+                                    systems=_systems(with_))  # fmt: skip
         evaluate.show(results)
         typer.echo(f"model: {out / 'model'}   numbers: {out / 'results.json'}   pictures: curves.png, sinks.png")
 
@@ -83,6 +93,7 @@ def instruct(
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = 0,
+    with_: With = "none",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the data, print statistics, train nothing.")
     ] = False,
@@ -93,6 +104,7 @@ def instruct(
     facts = tuning.tune(
         data, model, stage, images, out, epochs=epochs, steps=steps, batch=batch, lr=lr, seed=seed,
         device=_device(device), precision=precision, workers=workers, dry_run=dry_run,
+        systems=_systems(with_),
     )  # fmt: skip
     typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
 

@@ -7,7 +7,9 @@ tokens. The tower is frozen in both. One trainer for the generated world and for
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sightline import scenes
-from sightline.errors import InputError, ParameterError
+from sightline.catalog import to_spec
+from sightline.engine.attach import attach
+from sightline.engine.system import System
+from sightline.errors import InputError, ParameterError, SightlineWarning
 from sightline.learn import conversation
 from sightline.learn.conversation import IGNORED, Sample
 from sightline.learn.data import scene_of, stream
@@ -52,30 +57,70 @@ def freeze(model: LlavaForConditionalGeneration, stage: int) -> dict[str, nn.Par
     return trained
 
 
-def loss_of(batch: dict[str, torch.Tensor], model: LlavaForConditionalGeneration) -> tuple[torch.Tensor, dict]:
+def loss_of(
+    batch: dict[str, torch.Tensor], model: LlavaForConditionalGeneration, whole: bool = False
+) -> tuple[torch.Tensor, dict]:
     """Mean next-token loss over supervised tokens, and the share of them that is predicted right.
 
     No padding mask is needed: padding is on the right and attention is causal.
+
+    whole: call the whole model and give it the labels, for systems on it that must know where the answers are.
     """
     device = model.lm_head.weight.device
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     pixels = normalise(batch["pixels"]) if "pixels" in batch else None
-    hidden = model.model(input_ids=batch["ids"], pixel_values=pixels, use_cache=False).last_hidden_state  # (B, T, D)
+    given = {"input_ids": batch["ids"], "pixel_values": pixels, "use_cache": False}
     target = batch["labels"][:, 1:]
     kept = target != IGNORED
-    logits = model.lm_head(hidden[:, :-1][kept]).float()  # (supervised, V)
+    if whole:
+        logits = model(**given, labels=batch["labels"]).logits[:, :-1][kept].float()  # (supervised, V)
+    else:
+        hidden = model.model(**given).last_hidden_state  # (B, T, D)
+        logits = model.lm_head(hidden[:, :-1][kept]).float()
     return F.cross_entropy(logits, target[kept]), {"right": (logits.argmax(-1) == target[kept]).float().mean()}
 
 
 def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, make: Callable[[int], Sample], stage: int,
           plan: Plan, folder: Path, *, precision: torch.dtype | None, minutes: float | None = None,
-          workers: int = 0) -> Trainer:  # fmt: skip
-    """Run stage 1 or 2 on samples `make(0), make(1), ...`, in place; checkpoint `folder/align|instruct.safetensors`."""
+          workers: int = 0, systems: Sequence[System] = ()) -> Trainer:  # fmt: skip
+    """Run stage 1 or 2 on samples `make(0), make(1), ...`, in place; checkpoint `folder/align|instruct.safetensors`.
+
+    `systems` are on the model meanwhile: those that weights must be trained with, such as CCA. Raises InputError if the
+    stage was begun with others.
+    """
+    _same_systems(Path(folder), NAMES[stage], to_spec(systems))
     trainer = Trainer(NAMES[stage], freeze(model, stage), plan, folder, precision=precision, minutes=minutes)
     collate = partial(conversation.collate, pad=processor.tokenizer.pad_token_id)
-    trainer.run(stream(make, collate, plan, workers), partial(loss_of, model=model))
+    with carrying(model, systems):
+        trainer.run(stream(make, collate, plan, workers), partial(loss_of, model=model, whole=bool(systems)))
     model.eval()
     return trainer
+
+
+@contextmanager
+def carrying(model: LlavaForConditionalGeneration, systems: Sequence[System]) -> Iterator[None]:
+    """The model with these systems on it, without the warning that its weights must be trained with them."""
+    if not systems:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SightlineWarning)
+        attached = attach(model, *systems)
+    with attached:
+        yield
+
+
+def _same_systems(folder: Path, name: str, spec: str) -> None:
+    """Note which systems a stage is trained with; InputError when it was begun with others."""
+    path = folder / f"{name}.systems.txt"
+    begun = path.read_text(encoding="utf-8") if path.exists() else "none"
+    if (folder / f"{name}.safetensors").exists() and begun != spec:
+        raise InputError(
+            f"{folder} holds a stage {name!r} trained with {begun}, not {spec}: choose an empty --out folder"
+        )
+    if spec != begun:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(spec, encoding="utf-8")
 
 
 def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from sightline import __version__
+from sightline.engine.system import System
 from sightline.errors import InputError
 from sightline.learn import build, evaluate, instruct, loop, naming, phrasing, reading, sinks, tower
 from sightline.learn import card as cards
@@ -43,10 +45,12 @@ def prepare(recipe: Recipe, out: Path) -> tuple[LlavaForConditionalGeneration, L
 
 
 def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "auto", minutes: float | None = None,
-        workers: int = 0, only: str | None = None) -> LlavaForConditionalGeneration:  # fmt: skip
+        workers: int = 0, only: str | None = None,
+        systems: Sequence[System] = ()) -> LlavaForConditionalGeneration:  # fmt: skip
     """Train all stages (or `only` one), each resumed where it stopped; the finished model goes to `out/model`.
 
     `minutes` limits the whole training: it is shared among the stages by SHARE, and the schedule follows the clock.
+    `systems` are on the model in the last stage, for those whose weights must be trained with them.
     """
     if only is not None:
         recipe.plan(only)  # names the known stages if there is no such
@@ -67,7 +71,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
             trainer = reading.train(model, processor, recipe, out, minutes=limit, **common)
         else:
             make = partial(instruct.world_sample, recipe=recipe, processor=processor)
-            trainer = instruct.train(model, processor, make, 2, recipe.instruct, out, minutes=limit, **common)
+            trainer = instruct.train(model, processor, make, 2, recipe.instruct, out, minutes=limit,
+                                     systems=systems, **common)  # fmt: skip
         curves[stage] = trainer.curve
     loop.draw_curves(curves).savefig(Path(out) / "curves.png", dpi=110)
     if only in (None, "instruct"):
@@ -84,14 +89,16 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     processor.save_pretrained(folder)
 
 
-def report(folder: Path, recipe: Recipe, *, device: torch.device, pictures: int, per_kind: int, note: str = "") -> dict:
+def report(folder: Path, recipe: Recipe, *, device: torch.device, pictures: int, per_kind: int, note: str = "",
+           systems: Sequence[System] = ()) -> dict:  # fmt: skip
     """Evaluate a finished checkpoint and measure its sinks.
 
     Writes results.json and sinks.png into `folder`'s parent (the run), and the card into `folder`.
     """
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     processor = LlavaProcessor.from_pretrained(folder)
-    results = evaluate.evaluate(model, processor, pictures=pictures, per_kind=per_kind)
+    with instruct.carrying(model, systems):
+        results = evaluate.evaluate(model, processor, pictures=pictures, per_kind=per_kind)
     results["sinks"] = sinks.measure(model, processor, min(32, pictures))
     out = Path(folder).parent
     (out / "results.json").write_text(json.dumps(results, indent=1))

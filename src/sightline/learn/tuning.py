@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from sightline.engine.system import System
 from sightline.errors import ModelError, ParameterError
 from sightline.learn import conversation, instruct, loop
 from sightline.learn.recipe import Plan
@@ -18,8 +20,10 @@ SHOWN = 500  # records of a dry run that are tokenised
 
 def tune(data: Path, model: str, stage: int, images: Path | None, out: Path, *, epochs: float, steps: int | None,
          batch: int, lr: float | None, seed: int, device: torch.device, precision: str, workers: int,
-         dry_run: bool = False) -> dict:  # fmt: skip
+         dry_run: bool = False, systems: Sequence[System] = ()) -> dict:  # fmt: skip
     """Train stage 1 or 2 with LLaVA-1.5's settings (cosine, 3 % warm-up, no weight decay); save to `out/model`.
+
+    `systems` are on the model while it is trained, for those whose weights must be trained with them.
 
     Returns the data's statistics (`dry_run`) or what was trained. Raises InputError for bad records, ModelError for a
     checkpoint that is no LLaVA, ParameterError for numbers out of range; all before any training.
@@ -37,7 +41,8 @@ def tune(data: Path, model: str, stage: int, images: Path | None, out: Path, *, 
     plan = Plan(count, batch, lr or RATES[stage], weight_decay=0.0, warmup=math.ceil(0.03 * count))
     dtype = loop.precision_of(precision, device)
     net = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).to(device).eval()
-    trainer = instruct.train(net, processor, records, stage, plan, out, precision=dtype, workers=workers)
+    trainer = instruct.train(net, processor, records, stage, plan, out, precision=dtype, workers=workers,
+                             systems=systems)  # fmt: skip
     net.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     return {"stage": stage, "steps": trainer.step, "records": len(records), "loss": trainer.curve[-1]["loss"],

@@ -1,0 +1,69 @@
+"""Training with systems whose weights must be trained with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sightline.engine.attach import MARK
+from sightline.errors import InputError
+from sightline.learn import conversation, instruct
+from sightline.learn.recipe import TOY, Plan
+from sightline.steer import AKIMMA, CCA
+from sightline.steer.aki_mma import modality_mutual_mask
+from sightline.steer.cca import concentric_mask, concentric_positions
+
+SIDE = TOY.shape.grid
+
+
+def one(processor, index: int = 3) -> dict[str, torch.Tensor]:
+    sample = instruct.world_sample(index, TOY, processor)
+    return conversation.collate([sample], processor.tokenizer.pad_token_id)
+
+
+def by_hand(model, batch, system) -> torch.Tensor:
+    """The loss of the plain model that is told mask and positions."""
+    ids, labels = batch["ids"], batch["labels"]
+    begin = int((ids[0] == model.config.image_token_id).int().argmax())
+    places = torch.arange(ids.shape[1])
+    if system is CCA:
+        allowed, places = (f(ids.shape[1], begin, SIDE, SIDE) for f in (concentric_mask, concentric_positions))
+    else:
+        end = int((labels[0] != conversation.IGNORED).int().argmax())
+        allowed = modality_mutual_mask(torch.ones_like(ids[0]), begin, begin + SIDE**2, end)
+    out = model(
+        input_ids=ids,
+        pixel_values=instruct.normalise(batch["pixels"]),
+        attention_mask=allowed[None, None],
+        position_ids=places[None],
+        labels=labels,
+        use_cache=False,
+    )
+    return out.loss
+
+
+@pytest.mark.parametrize("system", [CCA, AKIMMA])
+def test_the_loss_is_that_of_mask_and_positions_by_hand(toy, toy_processor, system):
+    batch = one(toy_processor)
+    plain, _ = instruct.loss_of(batch, toy)
+    same, _ = instruct.loss_of(batch, toy, whole=True)
+    assert float(same) == pytest.approx(float(plain), rel=1e-6)
+    with instruct.carrying(toy, [system()]):
+        found, _ = instruct.loss_of(batch, toy, whole=True)
+    assert float(found) == pytest.approx(float(by_hand(toy, batch, system)), rel=1e-5)
+    assert abs(float(found) - float(plain)) > 1e-6
+
+
+@pytest.mark.parametrize("system", [CCA(), AKIMMA()])
+def test_a_stage_with_a_system(toy, toy_processor, tmp_path, system, recwarn):
+    before = toy.model.language_model.layers[0].self_attn.q_proj.weight.clone()
+    plan = Plan(2, 2, 1e-2, warmup=1)
+    make = lambda k: instruct.world_sample(k, TOY, toy_processor)  # noqa: E731
+    trainer = instruct.train(toy, toy_processor, make, 2, plan, tmp_path, precision=None, systems=[system])
+    assert trainer.step == 2
+    assert all(torch.isfinite(p).all() for p in toy.parameters())
+    assert not torch.equal(before, toy.model.language_model.layers[0].self_attn.q_proj.weight)
+    assert MARK not in toy.__dict__
+    assert not [w for w in recwarn if "trained with it" in str(w.message)]
+    with pytest.raises(InputError, match=f"trained with {system.slug}, not none"):
+        instruct.train(toy, toy_processor, make, 2, plan, tmp_path, precision=None)

@@ -105,6 +105,10 @@ def die(item):
     os._exit(1)
 
 
+def die_loading(name):
+    os._exit(1)
+
+
 def missing(name):
     raise ModelError(f"no model {name!r}")
 
@@ -114,9 +118,18 @@ def test_a_shard_that_always_kills_is_given_up(started, tasks, var, tmp_path, co
     deadly = dataclasses.replace(tasks[0], open=die)
     with (
         cluster.Cluster(partial(load_tiny, "llava"), workers=1) as workers,
-        pytest.raises(ModelError, match=r"3 workers died at scenes_relation under 'none', question \S+ .*batch-size"),
+        pytest.raises(ModelError, match=r"died 3 times at scenes_relation under 'none', question \S+ .*batch-size"),
     ):
         go(workers, [deadly], var, tmp_path / "a", console)
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit(started):
+    with (
+        pytest.raises(ModelError, match="died while it loaded the model"),
+        cluster.Cluster(partial(die_loading, "llava"), workers=1),
+    ):
+        pass
 
 
 @pytest.mark.slow

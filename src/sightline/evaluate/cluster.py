@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # the cluster that runs on this machine, else one that is started for the run
 STORE = 100 * 2**20  # bytes of shared memory of a cluster started here: questions and answers are small
-DEATHS = 3  # of workers on one shard, or before any answer, until it is not chance
+DEATHS = 3  # of workers on one shard, or per worker before any answer, until it is not chance
 
 
 class _Holder:
@@ -90,7 +90,7 @@ class Cluster(Workers):
         try:
             self._actors = [self._kind.remote(self._load) for _ in range(self._asked or gpus or max(1, cores))]
             first = [actor.facts.remote() for actor in self._actors]
-            self._facts = self._get(self._ray.wait(first)[0][0])
+            self._facts = self._outlived(self._ray.wait(first)[0][0])
         except BaseException:
             self.__exit__()
             raise
@@ -121,8 +121,8 @@ class Cluster(Workers):
                 found = self._get(ready)
             except self._ray.exceptions.RayActorError as error:
                 deaths[shard] += 1
-                if deaths[shard] >= DEATHS:
-                    raise _dying(shard, work, error) from error
+                if deaths[shard] >= DEATHS * (1 if shard else len(self._actors)):
+                    raise _dying(_place(shard, work), error) from error
                 if shard is not None:
                     waiting.appendleft(shard)
                 other = self._replace(actor)
@@ -137,7 +137,7 @@ class Cluster(Workers):
 
     def measure(self, rows: Rows, task: Task, rounds: int, console: Console) -> dict[str, dict[str, Any]]:
         with console.status("measuring cost on one worker"):
-            return self._get(self._actors[0].measure.remote(rows, task, rounds))
+            return self._outlived(self._actors[0].measure.remote(rows, task, rounds))
 
     def processes(self) -> list[int]:
         """Process ids of the workers, each on its own machine."""
@@ -181,6 +181,13 @@ class Cluster(Workers):
                 raise error.cause from None
             raise
 
+    def _outlived(self, reference: Any) -> Any:
+        """The value; ModelError when the worker dies over it."""
+        try:
+            return self._get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            raise _dying("while it loaded the model or measured cost", error) from error
+
     def _replace(self, actor: Any) -> Any:
         other = self._kind.remote(self._load)
         self._actors[self._actors.index(actor)] = other
@@ -195,13 +202,14 @@ class Cluster(Workers):
             )
 
 
-def _dying(shard: Shard | None, work: Work, error: Exception) -> ModelError:
-    what = (
-        "before any answer"
-        if shard is None
-        else f"at {shard[0]} under {shard[1]!r}, question {work.items(shard)[0].id}"
-    )
+def _place(shard: Shard | None, work: Work) -> str:
+    if shard is None:
+        return "one after the other before any answer"
+    return f"{DEATHS} times at {shard[0]} under {shard[1]!r}, question {work.items(shard)[0].id}"
+
+
+def _dying(when: str, error: Exception) -> ModelError:
     return ModelError(
-        f"{DEATHS} workers died {what} ({str(error).splitlines()[0]}): is memory short? Choose a smaller --batch-size or "
+        f"a worker died {when} ({str(error).splitlines()[0]}): is memory short? Choose a smaller --batch-size or "
         "fewer --ray-workers, and run the same again"
     )

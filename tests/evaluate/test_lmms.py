@@ -162,6 +162,8 @@ def test_refusals(plugin, ask, lvlm):
         plugin.Sightline(batch_size="auto")
     with pytest.raises(UnknownNameError, match="var"):
         plugin.Sightline(lvlm=lvlm(), **{"with": "vra"})
+    with pytest.raises(ParameterError, match="asks the model several times"):
+        plugin.Sightline(lvlm=lvlm(), **{"with": "quota"})
     model, requests = ask(chat=True)
     with pytest.raises(InputError, match="--force_simple"):
         model.loglikelihood(requests)

@@ -23,6 +23,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from rich.progress import track
 
 from sightline.catalog import parse
+from sightline.engine.passes import plans
 from sightline.errors import InputError, ParameterError, nearest
 from sightline.evaluate import ranks
 from sightline.images import open_image
@@ -46,7 +47,8 @@ class Sightline(lmms):
     parameters: var:p=0.4;tau=20), batch_size, device, dtype, revision.
 
     Raises:
-        ParameterError: another argument, or one out of range. UnknownNameError: no such system.
+        ParameterError: another argument, one out of range, or a system that asks the model several times.
+        UnknownNameError: no such system.
     """
 
     is_simple = True
@@ -58,6 +60,10 @@ class Sightline(lmms):
         if wrong:
             raise ParameterError(f"--model_args {wrong[0]}=...: {nearest(wrong[0], list(KNOWN))}")
         self.systems = tuple(parse(str(options.get("with", "none")).replace(";", ",")))
+        if plans(self.systems):
+            raise ParameterError(
+                f"with={options['with']}: it asks the model several times, which lmms-eval does not offer"
+            )
         device = options.get("device")
         if ranks.launched():
             from accelerate import Accelerator

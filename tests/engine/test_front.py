@@ -211,6 +211,8 @@ def test_what_cannot_be_cut_says_so(tiny):
     assert columns_of(2, torch.tensor([[True, False], [True, False]])).tolist() == [0, 1]
     repeated = torch.tensor([[True, True, False]] * 2 + [[True, False, False]] * 2)
     assert columns_of(3, repeated).tolist() == [0, 1, 0, 1, 2, 2]
+    with pytest.raises(InputError, match="4 image tokens in this block of the prompt, 2 were encoded"):
+        columns_of(2, torch.tensor([[True, True, False], [True, False, False], [True, False, False]]))  # no repetition
 
 
 # -- inside the tower -------------------------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ def test_rows_are_independent_and_ties_go_to_the_lower_index():
     assert select.best(scores, 3).tolist() == [[True, True, True, False], [True, True, True, False]]
     assert select.best(scores, torch.tensor([1, 0])).tolist() == [[False, True, False, False], [False] * 4]
     assert select.best(torch.tensor([NAN, -math.inf, 0.0]), 1).tolist() == [False, False, True]
+    many = torch.zeros(5000)  # so many equal ones that an unstable sort would mix them
+    assert select.best(many, 100).nonzero().flatten().tolist() == list(range(100))
     outside = torch.tensor([False, True])  # an invalid token never stands in for a valid one, however bad that is
     assert select.best(torch.tensor([9.0, NAN]), 1, valid=outside).tolist() == [False, True]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sightline.decode import AGLA, DAMRO, LQCD, VDGD, VASparse
 from sightline.engine.system import System
 from sightline.prune import VTCCLS, DyVTE, FlowCut, FoPru, HiRED, MustDrop, PyramidDrop, QuoTA, Random, SlowFast, ZipVL
 from sightline.steer.aki_mma import AKIMMA
@@ -25,6 +26,7 @@ class Case:
     text_too: bool = False  # it also acts on a prompt without a picture
     coupled: bool = False  # pictures encoded together share a decision, so that a batch is not its rows
     chooses: bool = False  # it keeps the best of something: rounding may choose otherwise
+    ties: bool = False  # many answers score alike, so that rounding decides among beams
 
 
 NO_CLS = (
@@ -58,6 +60,15 @@ CASES: dict[str, Case] = {
     "zipvl": Case(ZipVL(tau=0.9, recent=8, random=8), ZipVL(tau=1.0, cache_mode="keep"), text_too=True, chooses=True),
     "quota": Case(QuoTA(enhance_tokens=5, enhance_total=1), QuoTA(enhance_total=0)),
     "slow-fast": Case(SlowFast(spatial_stride=2), SlowFast(temporal_stride=1, pooling_stride=1)),
+    "agla": Case(AGLA(alpha=2.0, beta=0.0, ratio=0.3), AGLA(alpha=0.0, beta=0.0)),
+    "damro": Case(DAMRO(alpha=2.0, topk=3, beta=0.0), DAMRO(alpha=0.0, beta=0.0), refused_by=NO_CLS),
+    "lqcd": Case(LQCD(alpha=2.0, beta=0.0, lead="Yes."), LQCD(alpha=0.0, beta=0.0), text_too=True),
+    "vasparse": Case(
+        VASparse(alpha=1.0, beta=0.0, penalty=0.5, sparse_layer=1),
+        VASparse(mask_rate=1.0, beta=0.0, penalty=0.0),
+        chooses=True,
+    ),
+    "vdgd": Case(VDGD(alpha=0.0, description_tokens=4), VDGD(description_tokens=0), ties=True),
     "var": Case(VAR(sink_dims=(3, 7), tau=2.0, summ=0.01, first_layer=0, skip_last_layer=False), VAR(p=1.0)),
     "vtc-cls": Case(VTCCLS(5), VTCCLS(None), NO_CLS, chooses=True),
     "moh-llm": Case(

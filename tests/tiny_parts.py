@@ -13,6 +13,8 @@ import transformers as tf
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sightline.engine.prompts import note
+
 CORPUS = (
     "Is there a dog in the image? Yes, there is a cat. No, there is not a cup.",
     "How many red cups are on the table? There are two red cups and one blue ball.",
@@ -96,12 +98,14 @@ class TinyHost:
         flat = [image for row in rows for image in row]
         pictures = (rows if self.nested else flat) if flat else None
         self.processor.tokenizer.padding_side = padding_side
-        return self.processor(
+        made = self.processor(
             images=pictures,
             text=prompts,
             return_tensors="pt",
             text_kwargs={"padding": True, "padding_side": padding_side},
         )
+        note(made, rows, questions, processor=self.processor, again=lambda p, q: self.inputs(q, p))
+        return made
 
 
 def seeded(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from sightline.errors import ParameterError, UnknownNameError, nearest
 KINDS = {
     "prune": "drop or merge visual tokens, before or inside the language model",
     "steer": "edit attention or hidden states while the model answers",
+    "decode": "weigh next-token scores, mostly against those of a second stream",
     "mix": "replace softmax attention: modules (B, *grid, C) -> (B, *grid, C)",
 }
 

@@ -110,6 +110,8 @@ class LVLM:
         Raises:
             InputError: a prompt exceeds the context.
         """
+        from sightline.engine.prompts import note
+
         has_template = getattr(self.processor, "chat_template", None) is not None
         batch = self.processor.apply_chat_template(
             list(conversations),
@@ -121,7 +123,17 @@ class LVLM:
             processor_kwargs={"padding": True, "padding_side": "left", **(facts or {})},
         )
         self._check_context(batch["input_ids"].shape[1], 0)
-        return batch.to(self.device, self.dtype)
+        batch = batch.to(self.device, self.dtype)
+        told = list(conversations)
+
+        def again(pictures: Sequence[Sequence[Image]], questions: Sequence[str]) -> BatchFeature:
+            return self.encode([_retold(*row) for row in zip(told, pictures, questions, strict=True)], facts)
+
+        parts = [[part for message in row for part in message["content"]] for row in told]
+        seen = [[part["image"] for part in row if part["type"] == "image"] for row in parts]
+        asked = [next((part["text"] for part in reversed(row) if part["type"] == "text"), "") for row in parts]
+        note(batch, seen, asked, processor=self.processor, again=again)
+        return batch
 
     @property
     def takes_videos(self) -> bool:
@@ -248,3 +260,23 @@ def _video_facts(clips: Sequence[Clip]) -> dict[str, Any]:
         for clip in clips
     ]
     return {"do_sample_frames": False, "video_metadata": facts}
+
+
+def _retold(
+    conversation: Sequence[Mapping[str, Any]], pictures: Sequence[Image], question: str
+) -> list[dict[str, Any]]:
+    """The conversation with other pictures, in order, and another last text."""
+    each = iter(pictures)
+    found = [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(each)} if part["type"] == "image" else dict(part) for part in message["content"]
+            ],
+        }
+        for message in conversation
+    ]
+    last = [part for message in found for part in message["content"] if part["type"] == "text"]
+    if last:
+        last[-1]["text"] = question
+    return found

@@ -22,6 +22,7 @@ from sightline.engine.compiled import run_uncompiled
 from sightline.engine.cuts import Cutter, View
 from sightline.engine.front import Front
 from sightline.engine.seats import Seat, switch_attention
+from sightline.engine.second import SecondStreams
 from sightline.engine.sequences import Sequences, given_cache, made_cache
 from sightline.engine.streams import last_real, run_streams
 from sightline.engine.system import Shape, Site, System
@@ -100,6 +101,8 @@ class Attachment:
             (getattr(self.host, n, None) for n in ("image_token", "video_token")),
         )
         self.sequences = Sequences(self, *(getattr(config, name or "", None) for name in names))
+        self.second_streams = SecondStreams(self)
+        self.given: dict[str, Any] = {}  # arguments of the forward now running
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self.heard: set[str] = set()  # towers whose attention has called a seat in the forward now running
         self.seats: list[Seat] = []  # at the decoder's attention, when a system needs them
@@ -120,6 +123,7 @@ class Attachment:
 
     def close(self) -> None:
         """Leave. Safe to call twice."""
+        self.second_streams.close()
         self._undo.close()
 
     def setup(self, slug: str) -> Any:
@@ -294,6 +298,10 @@ class Attachment:
             sequence.masks[key] = (call.mask, new)  # the host's mask lives as long as its id stands for it
         return sequence.masks[key][1]
 
+    def site(self, worker: int) -> Site:
+        """The site of a worker outside the layers."""
+        return self._site(worker, self.workers[worker], "text", -1, self.shape.layers, self.shape.heads)
+
     def _site(self, i: int, worker: _Worker, tower: str, layer: int, layers: int, heads: int) -> Site:
         sequence = self.sequences.current
         if (
@@ -302,7 +310,21 @@ class Attachment:
             state, running = self.vision_states[i] if sequence is None else sequence.states[i], self.front.running
             seen = {} if running is None else running.notes[i]
             return Site(
-                tower, layer, layers, heads, None, 0, 0, True, 0, state, worker.setup, worker.tally, seen, running
+                tower,
+                layer,
+                layers,
+                heads,
+                None,
+                0,
+                0,
+                True,
+                0,
+                state,
+                worker.setup,
+                worker.tally,
+                seen,
+                running,
+                second=self.second_streams.running,
             )
         tokens, queries = sequence.tokens, sequence.queries
         depth = sequence.cuts.depths[layer] if layer >= 0 else None
@@ -329,6 +351,7 @@ class Attachment:
             cuts=None if self.cutter is None else View(self.cutter, layer),
             stream=sequence.stream,
             head=self._head,
+            second=sequence.second,
         )
 
     def _before(self, parameters: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -343,11 +366,13 @@ class Attachment:
             )
         given = parameters.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
+        self.given = given
         self.sequences.begin(given)
         wanted = given.get("return_dict")
         self._tuples = not (getattr(module.config, "return_dict", True) if wanted is None else wanted)
         own = {"return_dict": True} if self._tuples else {}
         own |= self.sequences.arguments(given)
+        own |= self.second_streams.join(self.sequences.current, args, kwargs)
         return (args, {**kwargs, **own}) if own else None
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -357,6 +382,7 @@ class Attachment:
             return output
         cache = made_cache(output)
         try:
+            self.second_streams.part(sequence, output)
             if cache is not None:
                 layers, heads = self.shape.layers, self.shape.heads
                 if self.cutter is not None:
@@ -364,14 +390,17 @@ class Attachment:
                 self.call("cache", "text", -1, layers, heads, cache)
             rows, last = torch.arange(len(output.logits), device=output.logits.device), self._last(output.logits)
             new = self.thread("logits", "text", -1, output.logits[rows, last])
+            if new is not None:
+                output.logits = output.logits.clone()
+                output.logits[rows, last] = new.to(output.logits.dtype)
+            if not self.second_streams.running and not sequence.stream:
+                weighed = self.second_streams.weigh(sequence, self.given, output.logits, cache)
+                output.logits = output.logits if weighed is None else weighed
+                self.given = {}
         finally:
             if self.cutter is not None:
                 self.cutter.settle(cache)
             self.sequences.finish(output)
-        if new is not None:
-            logits = output.logits.clone()
-            logits[rows, last] = new.to(logits.dtype)
-            output.logits = logits
         return output.to_tuple() if self._tuples else output
 
     def _last(self, logits: Tensor) -> Tensor | int:

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 # transformers' names for the encoding, the same in every family; whether it is that of videos
 ENCODERS = {"get_image_features": False, "get_video_features": True}
-PICTURES = {"vision_hidden", "vision_attention", "visual_tokens"}  # stations at which a site knows its pictures
+PICTURES = {
+    "vision_hidden",
+    "vision_attention",
+    "visual_tokens",
+    "second",
+}  # stations at which a site knows its pictures
 
 
 class Front:
@@ -72,7 +77,13 @@ class Front:
         def encoding(*args: Any, **kwargs: Any) -> Any:
             if self.running is not None:  # videos that the host encodes as pictures
                 return encode(*args, **kwargs)
-            pictures = Pictures([{} for _ in self.owner.workers], prefix(self.owner.model, self.owner.host))
+            bound = parameters.bind_partial(*args, **kwargs)
+            bound.apply_defaults()
+            pictures = Pictures(
+                [{} for _ in self.owner.workers],
+                prefix(self.owner.model, self.owner.host),
+                bound.arguments.get("pixel_values"),
+            )
             sequence = self.owner.sequences.current
             if sequence is None:
                 self.waiting = pictures
@@ -83,8 +94,6 @@ class Front:
                 output = encode(*args, **kwargs)
             finally:
                 self.running = None
-            bound = parameters.bind_partial(*args, **kwargs)
-            bound.apply_defaults()
             given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
             device = next(self.owner.model.parameters()).device
             pictures.finish(partial(self._places, given, pictures.tower, token_count(output), device, video))

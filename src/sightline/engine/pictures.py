@@ -80,6 +80,7 @@ class Pictures:
 
     notes: list[dict[Any, Any]]  # per system: its memory of these pictures (`site.seen`)
     prefix: int = 0  # class token and registers before a row's patches
+    pixels: Tensor | None = field(default=None, repr=False)  # as the host was given them
     tower: tuple[int, int] | None = None  # (rows, tokens per row) of the tower's batch, class token included
     alive: list[Tensor] = field(
         default_factory=list

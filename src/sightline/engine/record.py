@@ -103,7 +103,7 @@ class Recorder(System):
 
     def hidden(self, site: Site, hidden: Tensor) -> None:
         """Sink values of the prompt, per layer."""
-        if not site.prefill:
+        if not site.prefill or site.second:
             return
         seen = self._seen(site)
         phi = sink_value(hidden, site.setup["dims"])  # (B, Q)
@@ -115,6 +115,8 @@ class Recorder(System):
         self._count(phi)
 
     def attention(self, site: Site) -> list[Edit | Probe]:
+        if site.second:  # the answer's own attention is meant
+            return []
         seen = self._seen(site)
         if site.prefill:
             seen.ledgers[site.layer], seen.pictures = site.tokens, site.pictures
@@ -131,7 +133,9 @@ class Recorder(System):
             probes.append(Probe(lambda w, _: self._map(site, seen, parts, w)))
         return probes
 
-    def vision_attention(self, site: Site) -> Probe:
+    def vision_attention(self, site: Site) -> Probe | None:
+        if site.second:
+            return None
         into = self.tower_seen
         if site.layer == 0:
             into.clear()

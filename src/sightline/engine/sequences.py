@@ -6,6 +6,7 @@ with its own cache. The sequence is kept as an attribute of the cache object, so
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sightline.engine.attach import Attachment
     from sightline.engine.pictures import Pictures
+    from sightline.engine.second import Stream
 
 KEY = "_sightline"
 IGNORED = -100  # transformers' label of what is not learnt
@@ -45,6 +47,9 @@ class Sequence:
     cut: Cut | None = None  # set when its prompt was shortened before the decoder
     stream: str = ""  # an extra run of a prompt ("text", "plain"); "" for what the caller asked for
     masks: dict[Any, Any] = field(default_factory=dict, repr=False)  # masks made in the forward now running
+    shift: int = 0  # columns that joining a second stream put before it in the cache
+    second: bool = False  # it is the second stream of a system
+    seconds: dict[int, Stream] = field(default_factory=dict)  # worker -> its second stream
 
     @property
     def labels_here(self) -> Tensor | None:
@@ -58,6 +63,7 @@ class Sequence:
     def __deepcopy__(self, memo: dict) -> Sequence:  # a copied cache continues on its own, on the same attachment
         new = replace(self, states=[dict(s) for s in self.states], cuts=self.cuts.copy())
         memo[id(self)] = new
+        new.seconds = copy.deepcopy(self.seconds, memo)
         return new
 
 
@@ -77,7 +83,7 @@ class Sequences:
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         known = getattr(cache, KEY, None)
-        past = _past(cache, known, ids)
+        past = _past(cache, known, ids) - (known.shift if known is not None else 0)
         if ids is None:
             if past == 0 or known is None:
                 raise AttachError(
@@ -95,6 +101,11 @@ class Sequences:
         if cache is not None:
             setattr(cache, KEY, sequence)
         self.current = sequence
+
+    def ledger(self, given: dict[str, Any], ids: Tensor, mask: Tensor | None) -> Tokens:
+        """The ledger of a prompt by itself, before any cut."""
+        counts = self._counts(given, ids)
+        return Tokens.from_ids(ids, self.image_token, _fit(mask, ids), counts=counts, **self._video(given))
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of this forward that must be other than the caller's, whose prompt was longer."""
@@ -131,7 +142,8 @@ class Sequences:
             tokens = tokens.answered(labels != IGNORED)
         states = self.owner.vision_states
         self.owner.vision_states = [{} for _ in states]
-        sequence = Sequence(tokens, states, self.owner, self.uncut(), prompt=ids if uncached else None)
+        second, prompt = self.owner.second_streams.running, ids if uncached else None
+        sequence = Sequence(tokens, states, self.owner, self.uncut(), prompt=prompt, second=second)
         self._uncached = sequence if uncached else None
         return sequence
 

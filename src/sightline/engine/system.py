@@ -1,9 +1,8 @@
 """What a system is to the engine: a configuration with methods for the stations it needs.
 
 The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> decoder layers (cut, hidden,
-attention) -> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
-The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> positions -> decoder layers (hidden,
-mask, attention, mlp, output) -> cache -> logits. A system overrides the stations it acts at; each gets a `Site` that says where the model stands.
+attention, positions, mask, mlp, output) -> cache -> logits (-> second: another prompt read beside it). A system overrides
+the stations it acts at; each gets a `Site` that says where the model stands.
 Systems never see the host: everything they may know is on the site.
 """
 
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from sightline.engine.cuts import View
     from sightline.engine.passes import Passes
     from sightline.engine.pictures import Pictures
+    from sightline.engine.prompts import Prompt
     from sightline.engine.select import Keep
     from sightline.engine.tokens import Tokens
 
@@ -40,6 +40,7 @@ STATIONS = (
     "output",
     "cache",
     "logits",
+    "second",
 )
 
 
@@ -87,6 +88,7 @@ class Site:
     cuts: View | None = None  # what was dropped at which layer, attention rows before a cut, taking out of the cache
     stream: str = ""  # which of the system's extra runs this is ("text", "plain"); "" in the run that answers
     head: Callable[..., Tensor] | None = None  # (states (B, D), norm=False) -> (B, V): the model's own output head
+    second: bool = False  # this is the second stream of some system, not the sequence that is being answered
 
 
 class System:
@@ -168,6 +170,16 @@ class System:
 
     def logits(self, site: Site, logits: Tensor) -> Tensor | None:
         """(B, V) scores of the next token: of the last position that is not padding."""
+
+    def second(self, site: Site, prompt: Prompt) -> Mapping[str, Any] | None:
+        """Arguments of `generate` for the prompt of a second stream, made by `prompt`; None: no second stream.
+
+        From then on every token is read by both streams, and `contrast` weighs their scores.
+        """
+
+    def contrast(self, site: Site, logits: Tensor, second: Tensor) -> Tensor:
+        """(B, V) fp32 scores of the next token, from those of the first and of the second stream."""
+        raise NotImplementedError
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
         """What the system did since entry, as plain numbers, from what it kept in `site.tally`."""

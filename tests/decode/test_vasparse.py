@@ -1,0 +1,103 @@
+"""VASparse: golden arrays of the official score, the sheet's invariants, and each of its three parts alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sightline as sl
+from sightline.decode import LQCD
+from sightline.decode.vasparse import VASparse, budget, keep_mask, relation, score, sink_bias
+from sightline.engine.sequences import made_cache
+from sightline.errors import AttachError, ParameterError
+from tests.engine.numerics import assert_close
+from tests.engine.whole import generate
+from tests.tiny_hosts import picture
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "vasparse"
+CASES = sorted(GOLDEN.glob("*.npz"))
+OFF = {"mask_rate": 1.0, "alpha": 0.0, "beta": 0.0, "penalty": 0.0}
+
+
+def inputs(host):
+    return host.inputs(["Is there a dog?", "How many red cups?"], [[picture()], [picture(80, 64, 1)]])
+
+
+@pytest.mark.skipif(not CASES, reason="golden arrays are not here")
+@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+def test_golden(path: Path) -> None:
+    case = dict(np.load(path))
+    attention, prior = torch.from_numpy(case["attn"]), torch.from_numpy(case["prior"])
+    received = relation(attention, int(case["image_begin"]), int(case["image_len"]))
+    torch.testing.assert_close(received, torch.from_numpy(case["relation"]), rtol=0, atol=1e-6)
+    keep = keep_mask(score(received, prior, lam=float(case["lam"])), float(case["keep_ratio"]))
+    assert torch.equal(keep, torch.from_numpy(case["keep"]).bool())
+
+
+def test_scores_do_not_know_heads_and_keep_as_many_as_they_should() -> None:
+    attention = torch.rand(2, 4, 9, 9).softmax(-1)
+    torch.testing.assert_close(relation(attention[:, [2, 0, 3, 1]], 2, 5), relation(attention, 2, 5))
+    for ratio in (0.0, 0.3, 0.5, 0.99, 1.0):
+        kept = keep_mask(score(relation(attention, 2, 5)), ratio).sum(-1)
+        assert kept.tolist() == [min(int(5 * ratio), 4)] * 2
+        assert budget(torch.tensor([[True] * 5 + [False] * 2, [False] * 7]), ratio).tolist() == [
+            min(int(5 * ratio), 4),
+            0,
+        ]
+
+
+def test_only_text_above_the_mean_is_penalised() -> None:
+    received = torch.tensor([[0.4, 0.1, 0.3, 0.1, 0.1]])
+    text = torch.tensor([[True, True, False, True, True]])
+    bias = sink_bias(received, text, 0.5)
+    mean = (0.4 + 0.1 + 0.1 + 0.1) / 4
+    torch.testing.assert_close(bias, torch.tensor([[-0.5 * np.log(0.4 / mean), 0, 0, 0, 0]], dtype=torch.float32))
+
+
+def test_the_cache_keeps_half_of_the_picture(tiny) -> None:
+    """What is left are the tokens that the text behind the picture looked at most, layer by layer."""
+    host = tiny("llava")
+    seen = sl.record(maps=True, sinks=False)
+    one = host.inputs(["Is there a dog?"], [[picture()]])
+    with sl.attach(host.model, VASparse(**{**OFF, "mask_rate": 0.5}), seen) as attached, torch.no_grad():
+        cache = made_cache(host.model(**one))
+        columns = torch.where(seen.seen.tokens.visual[0])[0]
+        for layer, weights in seen.seen.maps[0].items():
+            received = weights[0].mean(0)[columns[-1] + 1 :, columns].mean(0)
+            wanted = columns[keep_mask(score(received[None]), 0.5)[0]]
+            kept = cache.layers[layer].keys.shape[-2]
+            assert kept == one["input_ids"].shape[1] - len(columns) + len(wanted)
+        assert attached.report()["vasparse"]["mean_share_kept"] == pytest.approx(0.5)
+
+
+def test_nothing_dropped_means_no_contrast(tiny) -> None:
+    """With mask_rate 1 the sparse pass is the pass itself: L* = L."""
+    host = tiny("qwen2_5_vl")
+    plain = generate(host.model, inputs(host))
+    with sl.attach(host.model, VASparse(**{**OFF, "alpha": 2.0, "beta": 1e-6})):
+        found = generate(host.model, inputs(host))
+    assert torch.equal(found[0], plain[0])
+    kept = found[1].isfinite()
+    assert_close("logits", found[1][kept], plain[1][kept], 5e-5)
+
+
+def test_each_part_acts(tiny) -> None:
+    host = tiny("llava")
+    plain = generate(host.model, inputs(host))[1]
+    for part in ({"mask_rate": 0.3}, {"penalty": 3.0}):
+        with sl.attach(host.model, VASparse(**{**OFF, **part})):
+            found = generate(host.model, inputs(host))[1]
+        assert torch.equal(found[:, 0], plain[:, 0]), "neither changes the first token"
+        assert (found[:, 1:] - plain[:, 1:]).abs().max() > 1e-3, part
+    with sl.attach(host.model, VASparse(**{**OFF, "mask_rate": 0.3, "alpha": 1.0})):
+        assert (generate(host.model, inputs(host))[1][:, 0] - plain[:, 0]).abs().max() > 1e-3
+
+
+def test_it_names_what_it_cannot_run_with(tiny) -> None:
+    with pytest.raises(AttachError, match="second prompt"):
+        sl.attach(tiny("llava").model, VASparse(), LQCD())
+    with pytest.raises(ParameterError, match="sparse_layer"):
+        sl.attach(tiny("llava").model, VASparse(sparse_layer=40))

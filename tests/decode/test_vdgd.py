@@ -1,0 +1,83 @@
+"""VDGD: golden arrays of the official code, the sheet's invariants, and descriptions written and given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sightline as sl
+from sightline.decode.contrast import plausible
+from sightline.decode.vdgd import DESCRIBE, DESCRIBED, VDGD, distances, nucleus, rescore
+from tests.engine.numerics import assert_close
+from tests.tiny_hosts import picture
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "vdgd"
+CASES = sorted(GOLDEN.glob("*.npz"))
+
+
+@pytest.mark.skipif(not CASES, reason="golden arrays are not here")
+@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+def test_golden(path: Path) -> None:
+    case = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+    kept = nucleus(case["raw_logits"].view(1, -1))[0]
+    wanted = case["kept"]
+    if wanted.dtype != torch.bool and wanted.shape != kept.shape:  # as indices
+        assert kept.nonzero().flatten().tolist() == wanted.flatten().tolist()
+    else:
+        assert torch.equal(kept, wanted.bool())
+    for reduction in ("min", "avg", "sum"):
+        found = rescore(kept, distances(case["description_logits"], reduction), scale="release")
+        torch.testing.assert_close(found, case[f"logits_{reduction}"].view(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_reductions() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 40)
+    least, mean, total = (distances(logits, r) for r in ("min", "avg", "sum"))
+    assert (least <= mean + 1e-6).all()
+    assert (mean <= logits.log_softmax(-1).neg().amax(0) + 1e-6).all()
+    torch.testing.assert_close(total, 6 * mean)
+    for r in ("min", "avg"):
+        torch.testing.assert_close(distances(logits.repeat(2, 1), r), distances(logits, r))
+        torch.testing.assert_close(distances(logits[torch.randperm(6)], r), distances(logits, r))
+
+
+def test_candidates() -> None:
+    logits = torch.tensor([[5.0, 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
+    assert nucleus(logits).tolist()[0] == [True, False, False, False]
+    assert nucleus(logits, top_p=1.0).all()
+    assert nucleus(logits, top_p=0.0).sum(-1).tolist() == [1, 1]
+    out = rescore(plausible(logits, 0.1), torch.arange(4.0), scale="paper")
+    assert out[1].tolist() == [0, -1, -2, -3]
+    assert out[0].isfinite().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("given", [None, "A dog on a chair."])
+def test_one_step_by_hand(given, tiny) -> None:
+    """The description and its scores from the plain model; candidates from the described prompt."""
+    host = tiny("llava")
+    question, row = "Is there a dog?", [[picture()]]
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    ask = host.inputs([DESCRIBE.format(question=question)], row)
+    tokenizer = host.processor.tokenizer
+    with torch.no_grad():
+        if given is None:
+            written = host.model.generate(**ask, max_new_tokens=6, **options)
+            text = tokenizer.decode(written.sequences[0, -6:], skip_special_tokens=True).strip()
+            scores = torch.cat(written.logits)
+        else:
+            text, ids = given, torch.tensor([tokenizer(given, add_special_tokens=False)["input_ids"]])
+            whole = torch.cat([ask["input_ids"], ids], 1)
+            scores = host.model(input_ids=whole, pixel_values=ask["pixel_values"]).logits[0, -ids.shape[1] - 1 : -1]
+        described = host.inputs([DESCRIBED.format(description=text, question=question)], row)
+        second = host.model.generate(**described, max_new_tokens=1, **options).logits[0]
+    system = VDGD(description_tokens=6, alpha=0.2, description=given)
+    with sl.attach(host.model, system) as attached:
+        out = host.model.generate(**host.inputs([question], row), max_new_tokens=1, **options).logits[0]
+    kept = plausible(second, 0.2)
+    assert torch.equal(out.isfinite(), kept)
+    assert_close("scores", out[kept], -distances(scores)[kept[0]], 1e-5)
+    assert attached.report()["vdgd"]["descriptions"] == [text]

@@ -104,6 +104,18 @@ def test_look_shows_a_video_on_one_page(name, tmp_path) -> None:
     assert files["report"].is_file()
 
 
+def test_look_at_a_video_with_fewer_tokens(tmp_path) -> None:
+    """What quota drops is shown as dropped, on the host's own path for videos too."""
+    film = scenes.film(3, frames=6, size=64)
+    quota = sl.prune.QuoTA(enhance_tokens=3, enhance_total=3)
+    seen = sl.look(Clip(film.frames, tuple(range(6))), "What moves?", model=lvlm_of("qwen2_5_vl"), systems=[quota],
+                   max_new_tokens=2)  # fmt: skip
+    assert seen.runs[1].rows.shape[-1] == len(seen.layout)
+    (stage,) = seen.runs[1].stages
+    assert 0 < stage.kept.sum() <= 9
+    seen.save(tmp_path / "out")
+
+
 def test_command(tmp_path, monkeypatch, capsys) -> None:
     from sightline import cli
 

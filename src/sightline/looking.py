@@ -192,7 +192,7 @@ def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: i
     tokenizer = lvlm.processor.tokenizer
     pieces = _pieces(tokenizer, ids[:count].tolist())
     chosen = [made.logits[t][0].float().softmax(-1)[ids[t]] for t in range(count)]
-    image = inputs["input_ids"][0].cpu() == lvlm.model.config.image_token_id
+    image = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(lvlm.visual_ids))
     places = image.nonzero().flatten().numpy()  # (V,) columns of the prompt
     original = seen.tokens.position[0].cpu().numpy()  # of every column that is left
     columns = seen.columns[0].cpu()

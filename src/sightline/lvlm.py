@@ -136,6 +136,12 @@ class LVLM:
         return batch
 
     @property
+    def visual_ids(self) -> list[int]:
+        """Ids of the placeholders of pictures and, where they have one of their own, of videos."""
+        names = (self.host.image_token, self.host.video_token)
+        return [getattr(self.model.config, name) for name in names if name is not None]
+
+    @property
     def takes_videos(self) -> bool:
         """Whether clips go in as videos (the host and this processor have a path of their own for them)."""
         return self.host.video and getattr(self.processor, "video_processor", None) is not None

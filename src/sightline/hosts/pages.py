@@ -35,9 +35,7 @@ def page(lvlm: LVLM, inputs: Any, clip: Clip) -> tuple[Image, Layout]:
         found = lvlm.host.frame_layouts(lvlm.processor, inputs, [(*clip.size, len(clip))], lvlm.model)
     else:
         found = layouts(lvlm.model, lvlm.processor, inputs, [clip.size] * len(clip), host=lvlm.host)
-    config = lvlm.model.config
-    names = (lvlm.host.image_token, lvlm.host.video_token or lvlm.host.image_token)
-    wanted = sum(int((inputs["input_ids"] == getattr(config, name)).sum()) for name in set(names))
+    wanted = sum(int((inputs["input_ids"] == i).sum()) for i in lvlm.visual_ids)
     if wanted != sum(map(len, found)):
         raise InputError(f"{clip.name}: the frames have {sum(map(len, found))} visual tokens, the prompt has {wanted}")
     step = len(clip) // len(found)

@@ -276,8 +276,10 @@ class QuoTA(System):
         if not frames:
             return []
         chances = self.probabilities or (1.0,) * len(frames)
-        if len(chances) != len(frames):
+        if len(chances) % len(frames):
             raise InputError(f"quota has probabilities of {len(chances)} frames, the question has {len(frames)}")
+        merged = len(chances) // len(frames)  # a host's group of neighbouring frames is as likely as the likeliest of them
+        chances = [max(chances[k : k + merged]) for k in range(0, len(chances), merged)]
         rows, columns = max((f.shape for f in frames), key=math.prod)
         size = rows * columns if self.enhance_version != "v4" else math.ceil(rows / 2) * math.ceil(columns / 2)
         return shares(weigh(chances, self.weight_scale), self.budget, size, self.enhance_version)

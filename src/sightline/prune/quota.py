@@ -278,7 +278,9 @@ class QuoTA(System):
         chances = self.probabilities or (1.0,) * len(frames)
         if len(chances) % len(frames):
             raise InputError(f"quota has probabilities of {len(chances)} frames, the question has {len(frames)}")
-        merged = len(chances) // len(frames)  # a host's group of neighbouring frames is as likely as the likeliest of them
+        merged = len(chances) // len(
+            frames
+        )  # a host's group of neighbouring frames is as likely as the likeliest of them
         chances = [max(chances[k : k + merged]) for k in range(0, len(chances), merged)]
         rows, columns = max((f.shape for f in frames), key=math.prod)
         size = rows * columns if self.enhance_version != "v4" else math.ceil(rows / 2) * math.ceil(columns / 2)

@@ -28,9 +28,9 @@ SYSTEMS: dict[str, System] = {
     "vhr": VHR(),
     "dual-stream-emphasis": DualStreamEmphasis(),
     "vista": VISTA(),
-    "vista, answer only": VISTA(steer_prompt=False),
-    "vista, vector only": VISTA(logits_alpha=0.0),
-    "vista, logits only": VISTA(lam=0.0),
+    "vista-answer-only": VISTA(steer_prompt=False),
+    "vista-vector-only": VISTA(logits_alpha=0.0),
+    "vista-logits-only": VISTA(lam=0.0),
     "cca": CCA(trained=True),
     "aki-mma": AKIMMA(trained=True),
 }

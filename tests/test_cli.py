@@ -182,7 +182,7 @@ def test_questions_that_cannot_be_used(refused, question, named):
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("vra", "unknown system 'vra': did you mean var"),
+        ("vra", "unknown system 'vra': did you mean vhr or var"),
         ("var:q=1", "var has no parameter 'q'"),
         ("var:p=2", "p=2.0 is out of range; choose p in [0, 1]"),
         ("var:p=much", "cannot read p='much'; a value of type float is needed"),
@@ -259,7 +259,7 @@ def test_a_folder_with_other_files(refused, run, fake):
     [
         (["lok"], "No such command 'lok'"),
         (["card"], "Missing argument 'name'"),
-        (["card", "vra"], "unknown system 'vra': did you mean var"),
+        (["card", "vra"], "unknown system 'vra': did you mean vhr or var"),
         (["cite", "vra"], "unknown system 'vra'"),
         (["list", "--kind", "ster"], "unknown kind 'ster': did you mean steer"),
         (["look", "a", "b", "c"], "unexpected extra argument"),

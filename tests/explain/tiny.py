@@ -17,7 +17,7 @@ from sightline.hosts import find
 from sightline.lvlm import LVLM
 from tests.tiny_hosts import TINY
 
-TAU, DIMS = 1.6, (3, 7)
+TAU, DIMS = 1.8, (3, 7)
 SINKS = {"tau": TAU, "sink_dims": DIMS}
 
 

@@ -40,6 +40,13 @@ def test_no_sinks_says_how_far_phi_reached():
     assert "none: phi reaches 3 on the picture, the threshold is 20" in shown(make_look(sinks=()))
 
 
+def test_a_model_without_sink_dimensions_is_said_to_have_none():
+    look = make_look(sinks=())
+    for run in look.runs:
+        run.phi[:] = 0
+    assert "no dimension of the start token reaches the threshold 20" in shown(look)
+
+
 def test_empty_and_long_answers():
     assert "(empty answer)" in shown(make_look((), None))
     text = shown(make_look(tuple(f" w{i}" for i in range(40)), None))

@@ -85,10 +85,10 @@ def run(
         import json
 
         from sightline.bench.figures import scaling, table
-        from sightline.evaluate.folder import write_text
+        from sightline.evaluate.folder import write_file
 
-        write_text(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
-        write_text(folder.path / "table.md", table(results))
+        write_file(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
+        write_file(folder.path / "table.md", table(results))
         scaling(results).savefig(folder.path / "scaling.png", dpi=150)
     return results
 

@@ -81,6 +81,8 @@ def _sinks(run: Run) -> Any:
     layers = sink_layers(run)
     if not any(layer["visual"] or layer["text"] for layer in layers):
         largest = max((layer["largest_phi"] or 0.0 for layer in layers), default=0.0)
+        if not largest:  # phi is a maximum over the sink dimensions: zero only when there are none
+            return _line("sinks", f"none: no dimension of the start token reaches the threshold {run.tau:g}")
         return _line("sinks", f"none: phi reaches {largest:g} on the picture, the threshold is {run.tau:g}")
     table = _table(">layer", ">visual sinks", "token (phi)", "sinks in the text (position)")
     for first, last, layer in _alike(layers):

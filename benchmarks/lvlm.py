@@ -90,7 +90,7 @@ def rounds(tasks: dict[str, Callable[[], object]], count: int, device: str) -> d
 def generate_costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds and ratios to plain SDPA `generate` of VAR, record, both, and the full-matrix reference."""
     model, inputs = make_model(args.layers, args.device), make_inputs(args.device)
-    var = VAR(tau=3.2, sink_dims=(3, 7))
+    var = VAR(tau=1.8, sink_dims=(3, 7))  # random states reach phi 1.9 to 2.7 in these dimensions in the layers edited
 
     def run(*systems: object) -> None:
         with torch.no_grad(), sl.attach(model, *systems):
@@ -110,6 +110,8 @@ def generate_costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     with torch.no_grad(), sl.attach(model, var) as attached:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     acted = attached.report()["var"]
+    if not acted["rows_edited"]:
+        raise SystemExit("VAR edited nothing on this random model: these seconds say nothing about it; choose a lower tau")
     print(
         f"VAR acted on {acted['rows_edited']} of {acted['rows_seen']} rows, layers {acted['layers_with_visual_sinks']}"
     )

@@ -111,7 +111,9 @@ def generate_costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     acted = attached.report()["var"]
     if not acted["rows_edited"]:
-        raise SystemExit("VAR edited nothing on this random model: these seconds say nothing about it; choose a lower tau")
+        raise SystemExit(
+            "VAR edited nothing on this random model: these seconds say nothing about it; choose a lower tau"
+        )
     print(
         f"VAR acted on {acted['rows_edited']} of {acted['rows_seen']} rows, layers {acted['layers_with_visual_sinks']}"
     )

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from sightline.decode.damro import DAMRO
 from sightline.engine.system import System
 from sightline.errors import InputError, ParameterError
 from sightline.evaluate import cost, pareto, world
@@ -93,6 +94,14 @@ def test_systems_are_counted_too(lvlm, task, var):
         assert figures["rounds"] == 2
     with pytest.raises(ParameterError, match="new_tokens=1"):
         cost.measure(lvlm(), rows, task, new_tokens=1)
+
+
+def test_a_second_stream_is_counted_and_expected(lvlm, task):
+    plain = cost.count(lvlm(), (), task, task.items[0])
+    found = cost.count(lvlm(), (DAMRO(topk=4),), task, task.items[0])
+    assert found["decoder_gflops"] > 1.2 * plain["decoder_gflops"]
+    assert found["tokens_per_layer"] > plain["tokens_per_layer"]
+    assert found["decoder_gflops"] == pytest.approx(found["formula_gflops"], rel=0.02)
 
 
 def test_the_measurement_is_interleaved(lvlm, task, monkeypatch):

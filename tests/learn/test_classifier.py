@@ -213,7 +213,7 @@ FAMILIES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_learns_places(name, tmp_path) -> None:
-    """60 steps of 16 pictures at 64 x 64: above the commonest class by three standard deviations of 256 pictures."""
-    settings = Settings(name, steps=60, batch=16, lr=5e-4, ema=0.9)
+    """At 64 x 64, batches of 16: 20 points above the commonest class after 60 steps, Flowformer after 240."""
+    settings = Settings(name, steps=240 if "flowformer" in name else 60, batch=16, lr=5e-4, ema=0.9)
     results = classifier.run(settings, tmp_path / "run", device=CPU, precision="fp32")
-    assert results["top1"] >= results["baseline"] + 7
+    assert results["top1"] >= results["baseline"] + 20

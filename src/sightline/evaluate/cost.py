@@ -120,10 +120,12 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
     """What needs no clock: FLOPs, tokens per layer, cache and peak memory."""
     inputs = lvlm.inputs(task.open(item), task.prompt(item))
     layers = get(get(lvlm.model, lvlm.host.decoder), lvlm.host.layers)
-    tokens: list[int] = []
+    seen: list[
+        tuple[int, int]
+    ] = []  # rows and tokens that enter each layer, pass after pass: a second stream is one more
     with attach(lvlm.model, *systems, host=lvlm.host), ExitStack() as hooks:
         for layer in layers:  # behind the systems' own hooks: what really enters the layer
-            hooks.callback(layer.register_forward_pre_hook(_keep_length(tokens), with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_pre_hook(_keep_shape(seen), with_kwargs=True).remove)
         with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as mode:
             cache = made_cache(lvlm.model(**inputs, use_cache=True, logits_to_keep=1))
     kept, stored = [_held(layer) for layer in cache.layers], sum(_stored(layer) for layer in cache.layers)
@@ -133,8 +135,10 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
     return {
         "prefill_gflops": mode.get_total_flops() / 1e9,
         "decoder_gflops": _inside_layers(mode, lvlm) / 1e9,
-        "formula_gflops": 2 * decoder.prefill_macs(tokens) / 1e9,
-        "tokens_per_layer": statistics.fmean(tokens),
+        "formula_gflops": 2
+        * sum(_macs(decoder, seen[k : k + len(layers)]) for k in range(0, len(seen), len(layers)))
+        / 1e9,
+        "tokens_per_layer": sum(rows * tokens for rows, tokens in seen) / len(layers),
         "kv_mib": stored / MIB,
         "kv_formula_mib": decoder.kv_bytes(kept, cache.layers[0].keys.element_size()) / MIB,
         "peak_mib": peak / MIB,
@@ -153,9 +157,14 @@ def _stored(layer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
 
 
-def _keep_length(tokens: list[int]) -> Any:
+def _macs(decoder: Decoder, seen: list[tuple[int, int]]) -> float:
+    """Multiply-adds of one pass through all layers."""
+    return seen[0][0] * decoder.prefill_macs([tokens for _, tokens in seen])
+
+
+def _keep_shape(seen: list[tuple[int, int]]) -> Any:
     def keep(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        tokens.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
 
     return keep
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import sightline as sl
 from sightline.engine.attention import Call, Edit, Only, Probe, among, attend, naive_attention, rows_of
 from sightline.engine.mixed import Block, mixed, pack, quantise, unpack
-from sightline.errors import HostError, ParameterError
+from sightline.errors import AttachError, HostError, ParameterError
 from tests.engine.numerics import Largest, assert_close
 from tests.engine.toys import toy
 from tests.engine.whole import generate
@@ -245,7 +245,7 @@ def test_a_compressed_cache_copies_and_repeats():
     layer.update(*torch.randn(2, 2, 2, 1, 8))
     assert layer.get_seq_length() == 10
     assert layer.all()[0].shape == (2, 2, 10, 8)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(AttachError, match="cannot be cropped"):
         layer.crop(-1)
 
 

@@ -2,7 +2,7 @@
 
 import timm, sightline.backbones
 net = timm.create_model("biformer_tiny")                       # or "biformer_t"
-net.load_state_dict(torch.load("biformer_tiny_best.pth")["model"])   # the published checkpoint, strictly
+net.load_state_dict(torch.load("biformer_tiny_best.pth", weights_only=True)["model"])   # the published checkpoint, strictly
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.engine.select import columns, take
-from sightline.errors import ParameterError
+from sightline.errors import AttachError, ParameterError
 
 BITS = (2, 4, 8, 16)
 
@@ -193,7 +193,10 @@ def mixed_class() -> type:
 
         def crop(self, tokens_to_remove: int) -> None:
             if tokens_to_remove:
-                raise NotImplementedError("a compressed cache cannot be cropped")
+                raise AttachError(
+                    f"a compressed cache cannot be cropped (asked to remove {tokens_to_remove} tokens): begin a new sequence, "
+                    "or take the compressing system off"
+                )
 
     return MixedLayer
 

@@ -15,7 +15,6 @@ from sightline.learn.recipe import Plan
 STREAMS = {
     "tower": 0,
     "read": 1 << 24,
-    "align": 2 << 24,
     "instruct": 3 << 24,
     "tokenizer": 4 << 24,
     "name": 5 << 24,

@@ -238,7 +238,7 @@ def test_rows_that_answer():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "kv"), [(7, 2), (1, 4), (1, 1)])
-def test_boosts_and_gains(dtype, queries, kv):
+def test_boosts_and_what_is_made_of_outputs(dtype, queries, kv):
     """w + g |w| on the logits and a factor made of the head's output, forward and backward, against whole maps."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).requires_grad_()  # noqa: E731
@@ -251,12 +251,12 @@ def test_boosts_and_gains(dtype, queries, kv):
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.4, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
-    def gain(outputs, first):
+    def swell(outputs, first):
         assert outputs.shape == (2, 1, 4, 6)
         assert first == queries - 1
-        return 1 + outputs.float().norm(dim=-1).transpose(1, 2)
+        return outputs * (1 + outputs.float().norm(dim=-1, keepdim=True))
 
-    edit = Edit(start=queries - 1, boost=boost, gain=gain)
+    edit = Edit(start=queries - 1, boost=boost, after=swell)
     found, _ = attend(call, plain, [edit], [])
     keys, values = (x.repeat_interleave(4 // kv, 1).float() for x in (k, v))
     scores = q.float() @ keys.transpose(-1, -2) * 0.4
@@ -272,10 +272,10 @@ def test_boosts_and_gains(dtype, queries, kv):
         assert (a.float() - b.float()).abs().max() <= tolerance * 10 * b.float().abs().max()
 
 
-def test_a_gain_that_only_looks_changes_nothing(tiny):
+def test_looking_at_outputs_changes_nothing(tiny):
     host = tiny("llava")
     seen = []
-    look = toy(attention=lambda site: Edit(gain=lambda outputs, first: seen.append(outputs.shape)))
+    look = toy(attention=lambda site: Edit(after=lambda outputs, first: seen.append(outputs.shape)))
     plain = generate(host.model, batch(host))
     with sl.attach(host.model, look):
         found = generate(host.model, batch(host))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sightline as sl
 from sightline.engine.sequences import made_cache
+from sightline.engine.shape import shape_of
 from sightline.errors import ParameterError
 from sightline.prune.pyramiddrop import PyramidDrop, asking_rows, kept, scores
 from tests.prune import golden
@@ -130,9 +131,8 @@ def test_bad_parameters(options, match):
 def test_layers_that_do_not_suit_the_model(tiny):
     with pytest.raises(ParameterError, match=r"\[1, 3\]"):
         sl.attach(tiny("llava").model, PyramidDrop(layer_list=(8, 16, 24)))
-    assert PyramidDrop().prepare(
-        sl.engine.attach.shape_of(tiny("llava").model, sl.hosts.find(tiny("llava").model))
-    ) == {
+    model = tiny("llava").model
+    assert PyramidDrop().prepare(shape_of(model, sl.hosts.find(model))) == {
         1: 0.5,
         2: 0.25,
         3: 0.125,

@@ -70,10 +70,9 @@ class Edit:
     groups: Tensor | None = None  # (B, <= N, G) 0/1 in fp32: disjoint key groups; later columns belong to none
     factors: Callable[[Tensor, int], Tensor] | None = None  # (masses (B, H, R, G), first row) -> factors (B, H, R, G)
     rewrite: Callable[[Tensor, int], Tensor] | None = None  # (weights (B, H, R, K), first row) -> weights
-    # factor (B|1, H, stop - start | 1) on head outputs, or a function that makes it of them (None: leave them):
-    # (outputs (B, R, H, Dv), first row) -> (B|1, H, R | 1)
-    gain: Tensor | Callable[[Tensor, int], Tensor | None] | None = None
-    after: Callable[[Tensor, int], Tensor] | None = None  # (outputs (B, R, H, Dv), first row) -> outputs; last of all
+    gain: Tensor | None = None  # (B|1, H, stop - start | 1) factor on head outputs
+    # (outputs (B, R, H, Dv) of [start, stop), start) -> outputs, or None to leave them; after all edits of the call
+    after: Callable[[Tensor, int], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,10 @@ def _after(output: Tensor, edit: Edit) -> Tensor:
     """(B, Q, H, Dv) outputs with those of the edit's rows replaced."""
     start, stop = edit.start, output.shape[1] if edit.stop is None else edit.stop
     old = output[:, start:stop]
-    new = edit.after(old, start).to(old.dtype)
+    new = edit.after(old, start)
+    if new is None:
+        return output
+    new = new.to(old.dtype)
     if edit.rows is not None:
         new = torch.where(edit.rows[..., None, None], new, old)
     return new if new.shape == output.shape else torch.cat([output[:, :start], new, output[:, stop:]], 1)
@@ -329,9 +331,8 @@ def _put(output: Tensor, new: Tensor, edits: Sequence[Edit], a: int, b: int, que
         rows = None if edit.rows is None else edit.rows[:, lo - edit.start : hi - edit.start]
         every = every or (rows is None and (lo, hi) == (a, b))
         covered[:, lo - a : hi - a] |= True if rows is None else rows
-        gain = _gain(edit, new[:, lo - a : hi - a], lo, hi)
-        if gain is not None:
-            part = new[:, lo - a : hi - a] * gain
+        if edit.gain is not None:
+            part = new[:, lo - a : hi - a] * _gain(edit, lo, hi).to(new.dtype)
             part = part if rows is None else torch.where(rows[:, :, None, None], part, new[:, lo - a : hi - a])
             new = torch.cat([new[:, : lo - a], part, new[:, hi - a :]], 1)
     output[:, a:b] = new if every else torch.where(covered[:, :, None, None], new, output[:, a:b])
@@ -384,15 +385,10 @@ def among(call: Call) -> Tensor:
     return full[:, :, : call.queries].transpose(1, 2).contiguous()
 
 
-def _gain(edit: Edit, outputs: Tensor, lo: int, hi: int) -> Tensor | None:
-    """The edit's factor on head outputs (B, R, H, Dv) of rows [lo, hi), as (B|1, R|1, H, 1); None: there is none."""
-    if callable(edit.gain):
-        gain = edit.gain(outputs, lo)
-    elif edit.gain is not None and edit.gain.shape[-1] > 1:
-        gain = edit.gain[..., lo - edit.start : hi - edit.start]
-    else:
-        gain = edit.gain
-    return None if gain is None else gain.transpose(1, 2)[..., None].to(outputs.dtype)
+def _gain(edit: Edit, lo: int, hi: int) -> Tensor:
+    """The edit's factor on head outputs of rows [lo, hi), as (B|1, R|1, H, 1)."""
+    gain = edit.gain if edit.gain.shape[-1] == 1 else edit.gain[..., lo - edit.start : hi - edit.start]
+    return gain.transpose(1, 2)[..., None]
 
 
 def _masked(call: Call, scores: Tensor, start: int, stop: int) -> Tensor:

@@ -54,13 +54,13 @@ class Seat:
 
     def run(self, call: Call, plain: Any) -> tuple[Tensor, Tensor | None]:
         """The call under all systems; the host's own kernel when none wants anything of this layer."""
-        self.attachment.heard.add(self.tower)
+        self.attachment.doors.heard.add(self.tower)
         if self.peeking is not None:
             self.peeking(call)
         if self.tower == "text" and self.attachment.sequences.current is None:
             return plain()
         if self.tower == "text":
-            mask = self.attachment.mask(call, self.layer)
+            mask = self.attachment.doors.mask(call, self.layer)
             if mask is not None:
                 call, plain = replace(call, mask=mask, causal=False), partial(plain, mask)
         wishes = self.attachment.call("attention" if self.tower == "text" else "vision_attention",

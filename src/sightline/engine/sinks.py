@@ -87,7 +87,7 @@ def find_sink_dims(model: nn.Module, tau: float | None = None, *, host: Host | N
     Returns:
         Normally one to four dimensions; empty when the model has no massive activations at its start token.
     """
-    from sightline.engine.attach import shape_of
+    from sightline.engine.shape import shape_of
     from sightline.hosts import find
 
     return sink_dims_of(shape_of(model, host or find(model)), tau)

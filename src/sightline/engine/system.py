@@ -1,7 +1,7 @@
 """What a system is to the engine: a configuration with methods for the stations it needs.
 
-The path of one question: pixels -> tower (vision_attention) -> visual_tokens -> decoder layers (cut, hidden,
-attention, positions, mask, mlp, output) -> cache -> logits (-> second: another prompt read beside it). A system overrides
+The path of one question: pixels -> tower (vision_hidden, vision_attention) -> visual_tokens, positions -> decoder layers
+(cut, hidden, mask, attention, mlp, output) -> cache -> logits (-> second: another prompt read beside it). A system overrides
 the stations it acts at; each gets a `Site` that says where the model stands.
 Systems never see the host: everything they may know is on the site.
 """
@@ -29,10 +29,8 @@ STATIONS = (
     "vision_hidden",
     "vision_attention",
     "visual_tokens",
-    "cut",
-    "hidden",
-    "attention",
     "positions",
+    "cut",
     "hidden",
     "mask",
     "attention",

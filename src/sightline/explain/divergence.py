@@ -73,19 +73,14 @@ class Divergence(System):
             return None
         places = last_prompt(site.tokens) - site.start
         start = int(places.min())
-        self.found.pop(site.layer, None)
-        return Edit(start=start, gain=partial(self._see, site.layer, bool(site.stream), places))
+        return Edit(start=start, after=partial(self._see, site.layer, bool(site.stream), places))
 
     def _see(self, layer: int, blind: bool, places: Tensor, outputs: Tensor, first: int) -> None:
-        here = places - first
-        inside = (here >= 0) & (here < outputs.shape[1])
-        now = outputs[torch.arange(len(here), device=here.device), here.clamp(0, outputs.shape[1] - 1)].clone()
+        now = outputs[torch.arange(len(places), device=places.device), places - first].clone()
         if blind:
-            self.blind[layer] = now  # left-padded: one position, one chunk
-            return
-        divergence = head_divergence(now, self.blind[layer])
-        before = self.found.get(layer, torch.zeros_like(divergence))
-        self.found[layer] = torch.where(inside[:, None], divergence, before)
+            self.blind[layer] = now
+        else:
+            self.found[layer] = head_divergence(now, self.blind[layer])
 
 
 def vision_heads(
@@ -116,7 +111,7 @@ class _Outputs(System):
     def attention(self, site: Site) -> Edit:
         self.found[site.layer] = []
         return Edit(
-            start=site.queries - self.count, gain=lambda out, first: self.found[site.layer].append(out[0].clone())
+            start=site.queries - self.count, after=lambda out, first: self.found[site.layer].append(out[0].clone())
         )
 
 

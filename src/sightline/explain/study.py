@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sightline.engine.attach import shape_of
+from sightline.engine.shape import shape_of
 from sightline.engine.sinks import check_tau, default_tau, sink_dims_of
 from sightline.errors import ParameterError
 from sightline.evaluate.folder import RunFolder

@@ -105,7 +105,8 @@ def find(model: nn.Module) -> Host | ViTHost:
 
     Raises:
         HostError: the class is unknown; the message lists the facts to give as `attach(model, ..., host=Host(...))`, with
-            those that can be read off the module tree filled in. A text-only model is told apart.
+            those that can be read off the module tree filled in. A text-only model, one that wraps a known one, and one without
+            its output head are told apart.
     """
     from sightline import hosts
     from sightline.hosts.guess import guess, reads_text_only, sees_only
@@ -115,6 +116,8 @@ def find(model: nn.Module) -> Host | ViTHost:
         if cls.__name__ in REGISTRY:
             return REGISTRY[cls.__name__]
     name = type(model).__name__
+    if whole := _meant(model, name):
+        raise HostError(f"{name} {whole}")
     if reads_text_only(model):
         raise HostError(
             f"{name} is a text model: it has no vision tower and no image token; give a vision-language model"
@@ -129,6 +132,15 @@ def find(model: nn.Module) -> Host | ViTHost:
         f"{', '.join(f'{fact}={value}' for fact, value in seen.items())})); "
         f"<...> could not be found; further facts, if the defaults do not fit: {others}"
     )
+
+
+def _meant(model: nn.Module, name: str) -> str:
+    """Where the known vision-language model is that `model` wraps or is a part of; empty when there is none."""
+    for path, part in model.named_modules():
+        if isinstance(REGISTRY.get(type(part).__name__), Host):
+            return f"holds a {type(part).__name__}: give that part of it, model.{path}"
+    whole = f"{name.removesuffix('Model')}ForConditionalGeneration"
+    return f"has no output head: give the {whole} that it is a part of" if whole in REGISTRY else ""
 
 
 def check(model: nn.Module, host: Host | ViTHost) -> None:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sightline.engine.attach import attach, shape_of
+from sightline.engine.attach import attach
 from sightline.engine.select import Keep
+from sightline.engine.shape import shape_of
 from sightline.engine.system import Site, System
 from sightline.errors import InputError, ParameterError
 from sightline.hosts import find

@@ -101,7 +101,7 @@ class VHR(System):
         if site.layer not in site.setup:
             return None
         if site.stream:
-            return Edit(start=site.queries - 1, gain=partial(_keep, site))
+            return Edit(start=site.queries - 1, after=partial(_keep, site))
         if not site.prefill:
             gain = site.state.get((site.layer, "gain"))
             return None if gain is None else Edit(gain=gain)
@@ -109,31 +109,29 @@ class VHR(System):
         if not known and (site.layer, "blind") not in site.state:
             return None  # no picture when the sequence began
         start, rows = _rows(site)
-        gain = site.state[site.layer, "gain"] if known else partial(self._choose, site)
-        return Edit(start=start, rows=rows, gain=gain)
+        if known:
+            return Edit(start=start, rows=rows, gain=site.state[site.layer, "gain"])
+        return Edit(start=start, rows=rows, after=partial(self._choose, site))
 
-    def _choose(self, site: Site, outputs: Tensor, first: int) -> Tensor | None:
-        """The gain (B, H, 1), made when `outputs` (B, R, H, D) reach the last position of a row's prompt."""
+    def _choose(self, site: Site, outputs: Tensor, first: int) -> Tensor:
+        """The outputs (B, R, H, D) under the gain (B, H, 1) that those of the prompts' last positions give."""
         state, layer = site.state, site.layer
         place = last_prompt(site.tokens) - site.start - first  # (B,)
-        here = (place >= 0) & (place < outputs.shape[1])
-        seeing = outputs[torch.arange(len(place), device=place.device), place.clamp(0, outputs.shape[1] - 1)]
+        seeing = outputs[torch.arange(len(place), device=place.device), place.clamp(min=0)]
         blind = state[layer, "blind"]  # (B, H, D)
         divergence = head_divergence(seeing, blind)
         score = without_outliers(divergence, seeing, blind) if self.drop_outliers else divergence
-        chosen = select_heads(score, self.share) & (here & site.tokens.visual.any(1))[:, None]  # (B, H)
-        gain = torch.where(chosen[..., None], self.alpha, 1.0)
-        before = state.get((layer, "gain"))  # of rows whose prompt ended in an earlier chunk of queries
-        state[layer, "gain"] = gain if before is None else torch.where(here[:, None, None], gain, before)
-        site.tally.setdefault("seen", []).append((layer, divergence, chosen, here))
-        return state[layer, "gain"]
+        chosen = select_heads(score, self.share) & site.tokens.visual.any(1)[:, None]  # (B, H)
+        gain = state[layer, "gain"] = torch.where(chosen[..., None], self.alpha, 1.0)
+        site.tally.setdefault("seen", []).append((layer, divergence, chosen))
+        return outputs * gain.transpose(1, 2)[..., None].to(outputs.dtype)
 
     def report(self, tally: dict[Any, Any], setup: frozenset[int]) -> dict[str, Any]:
         layers = sorted(setup)
         seen = tally.get("seen", [])
         chosen, divergence = [], []
         for layer in layers:
-            mine = [(d[here], c[here]) for at, d, c, here in seen if at == layer]
+            mine = [(d, c) for at, d, c in seen if at == layer]
             chosen.append(int(sum(c.sum() for _, c in mine)))
             values = torch.cat([d.flatten() for d, _ in mine]) if mine else torch.zeros(1)
             divergence.append(round(float(values.mean()), 6))

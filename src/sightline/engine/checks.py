@@ -1,0 +1,91 @@
+"""What `attach` refuses before it touches anything: wrong arguments, conflicts, models that carry systems already."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sightline.engine.system import System
+from sightline.errors import AttachError, HostError, ParameterError
+from sightline.hosts import Host, ViTHost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MARK = "_sightline_attachment"  # where a model keeps its attachment
+VISION = {"pixels", "vision_hidden", "vision_attention"}  # stations that plain vision transformers have, too
+
+
+def check_model(model: Any) -> None:
+    """Raise ParameterError unless `model` is a torch module, and HostError when it wraps the model that is meant."""
+    if isinstance(model, System):
+        raise ParameterError(f"attach(model, *systems): the model comes first, then {_short(model)}")
+    if isinstance(getattr(model, "model", None), nn.Module) and not isinstance(model, nn.Module):
+        raise ParameterError(
+            f"attach(model, *systems): a {type(model).__name__} is not the model itself: give its .model"
+        )
+    if not isinstance(model, nn.Module):
+        raise ParameterError(
+            f"attach(model, *systems): {_short(model)} is no model: give a torch module, for example sl.load('tiny').model"
+        )
+
+
+def check_systems(systems: Any) -> None:
+    """Raise ParameterError for what is no system, AttachError for two that cannot run together."""
+    if isinstance(systems, System | str) or not isinstance(systems, list | tuple):
+        raise ParameterError(f"systems={_short(systems)}: give a list of systems, for example [sl.steer.VAR()]")
+    for system in systems:
+        if not isinstance(system, System):
+            raise ParameterError(f"{_short(system)} is not a system{_mend(system)}")
+    for i, first in enumerate(systems):
+        for second in systems[i + 1 :]:
+            why = first.conflicts(second) or second.conflicts(first)
+            if why:
+                raise AttachError(f"{first.slug or first!r} and {second.slug or second!r} cannot run together: {why}")
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise AttachError when the model or a part of it carries systems already."""
+    if MARK in model.__dict__:
+        names = "+".join(s.slug or type(s).__name__ for s in model.__dict__[MARK].systems) or "none"
+        raise AttachError(
+            f"this model already carries [{names}]: leave that first, or give all systems to one attach(...)"
+        )
+    if any("_sightline" in m.__dict__ or MARK in m.__dict__ for m in model.modules()):
+        raise AttachError("a part of this model already carries systems: detach them from that part first")
+
+
+def check_host(host: Any) -> None:
+    """Raise ParameterError unless `host` is a description of a host, or None."""
+    if host is not None and not isinstance(host, Host | ViTHost):
+        raise ParameterError(f"host={_short(host)} is not a sightline.hosts.Host: leave it out for a known model class")
+
+
+def require_vision(model: nn.Module, text: Iterable[str]) -> None:
+    """Raise HostError when stations of the language model are wanted of a plain vision transformer."""
+    if text:
+        raise HostError(f"{type(model).__name__} has no language model: stations {sorted(text)} do not exist there")
+
+
+def _mend(given: Any) -> str:
+    """How to write what was probably meant instead of `given`."""
+    if isinstance(given, type) and issubclass(given, System):
+        return f" but its class: write {given.__name__}()"
+    if isinstance(given, str):
+        return f": sl.catalog.parse({given!r}) makes the list of systems that such a text names"
+    if isinstance(given, list | tuple):
+        return ": give several one by one, attach(model, first, second) or attach(model, *systems)"
+    if isinstance(given, nn.Module) and getattr(given, "slug", ""):
+        return f" to attach: {given.slug} is a module to build networks with"
+    if isinstance(given, nn.Module):
+        return ": the model comes first, attach(model, *systems)"
+    return "; see `sightline list` for all of them"
+
+
+def _short(given: Any) -> str:
+    """What was given, on one short line: the printout of a model fills pages."""
+    if isinstance(given, nn.Module):
+        return type(given).__name__
+    text = " ".join(repr(given).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	$(VENV)/bin/sightline look --with var --out look-demo
+	$(VENV)/bin/sightline look --out look-demo
 	@echo "open $(CURDIR)/look-demo/report.html in a browser"
 
 test: $(READY)

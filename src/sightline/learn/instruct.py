@@ -39,7 +39,7 @@ MIX = (
     "leading",
     "context",
     *2 * ("count", "detail"),
-    *3 * ("relation",),
+    *4 * ("relation",),
 )  # what is hard, more often
 NAMES = {1: "align", 2: "instruct"}
 

@@ -60,7 +60,7 @@ class Recipe:
     tower: Plan = Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.05)
     name: Plan = Plan(steps=400, batch=16, lr=3e-3, weight_decay=0.0, warmup=20)
     read: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
-    instruct: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
+    instruct: Plan = Plan(steps=2400, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
     patches: int = 48
     simple: int = 2000
     turns: int = 12

@@ -11,7 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from sightline.catalog import entry, parse
+from sightline.engine.attach import attach
+from sightline.engine.record import record
 from sightline.errors import AttachError, InputError, ParameterError, UnknownNameError
 from sightline.evaluate import comparing, results, tables, world
 from sightline.evaluate.folder import ANSWERS, RunFolder
@@ -152,6 +156,35 @@ def test_pointing_records_rows_of_a_padded_batch(lvlm, console, tmp_path, var):
         assert 0 < row["area"] < 1
     shares = [[found[1][task.name, label, i.id]["share"] for i in task.items] for label in with_baseline([[var]])]
     assert shares[0] != shares[1]
+
+
+def test_pointing_at_tokens_that_a_reducer_left(lvlm, console, tmp_path):
+    """Attention on the tokens that are left is drawn where they were; keeping all changes nothing."""
+    task = world.build("pointing", n=5, size=SIZE)[0]
+    half = dataclasses.replace(entry("random").cls(), ratio=0.5)
+    inside = parse("pyramiddrop")
+    with RunFolder(tmp_path / "run", {"size": 5}) as folder:
+        work = Work({task.name: task}, with_baseline([[half], inside]), Decoding(batch_size=5))
+        run(Here(lvlm()), work, folder, console)
+    kept = set()
+    for (_, label, _), row in folder.answers.items():
+        if label.startswith("random"):
+            kept.add(tuple(row["at"]))
+            assert 0 <= row["share"] <= 1
+    assert len(kept) > 1
+    model = lvlm()
+    inputs = model.inputs([task.open(task.items[0])], [task.prompt(task.items[0])])
+    seen = {}
+    for label, systems in (("none", []), ("half", [half])):
+        observer = record(image_rows=True, sinks=False)
+        with attach(model.model, *systems, observer, host=model.host), torch.inference_mode():
+            model.model(**inputs)
+        seen[label] = observer.seen
+    count = seen["none"].places.shape[1]
+    assert seen["none"].places[0].tolist() == list(range(count))
+    assert seen["half"].places.shape[1] < count
+    assert seen["half"].places[0].tolist() == sorted(set(seen["half"].places[0].tolist()))
+    assert seen["half"].places[0].tolist() != list(range(seen["half"].places.shape[1]))
 
 
 def fake(correct):

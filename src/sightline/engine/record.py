@@ -49,6 +49,12 @@ class Seen:
             raise InputError("image rows were not recorded: use record(image_rows=True)")
         return torch.stack([torch.stack(step) for step in self._rows]).cpu()
 
+    @property
+    def places(self) -> Tensor:
+        """(B, V) which visual token of its image each entry of `rows` is, -1 where a row has fewer."""
+        found = self.tokens.index.gather(1, self.columns.clamp(min=0))
+        return found.masked_fill(self.columns < 0, -1).cpu()
+
     def sinks(self, tau: float) -> Tensor:
         """(L, B, N) bool: prompt positions with phi above tau."""
         return torch.stack([self.phi[layer] for layer in sorted(self.phi)]) > tau

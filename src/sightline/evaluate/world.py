@@ -217,10 +217,13 @@ def _observe(world: World, lvlm: LVLM, items: Sequence[Item], inputs: Mapping[st
     sizes = [(world.size, world.size)] * len(items)
     layouts = lvlm.host.layouts(lvlm.processor, inputs, sizes, lvlm.model)
     rows = seen.rows[0].float().mean((0, 2)).numpy()  # (B, V): of the prompt's last position
+    places = seen.places.numpy()  # (B, V): a reducer may have left fewer tokens than the picture has
     found = []
-    for item, layout, row in zip(items, layouts, rows, strict=True):
+    for item, layout, row, place in zip(items, layouts, rows, places, strict=True):
         thing = draw(int(item.tags["scene"]), size=world.size).objects[item.tags["object"]]
-        found.append(pointing.point(layout, row[: len(layout)], thing.mask))
+        values = np.zeros(len(layout), row.dtype)
+        values[place[place >= 0]] = row[place >= 0]
+        found.append(pointing.point(layout, values, thing.mask))
     return found
 
 

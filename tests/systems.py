@@ -6,7 +6,20 @@ from dataclasses import dataclass
 
 from sightline.decode import AGLA, DAMRO, LQCD, VDGD, VASparse
 from sightline.engine.system import System
-from sightline.prune import VTCCLS, DyVTE, FlowCut, FoPru, HiRED, MustDrop, PyramidDrop, QuoTA, Random, SlowFast, ZipVL
+from sightline.prune import (
+    H2O,
+    VTCCLS,
+    DyVTE,
+    FlowCut,
+    FoPru,
+    HiRED,
+    MustDrop,
+    PyramidDrop,
+    QuoTA,
+    Random,
+    SlowFast,
+    ZipVL,
+)
 from sightline.steer.aki_mma import AKIMMA
 from sightline.steer.cca import CCA
 from sightline.steer.dual_stream_emphasis import DualStreamEmphasis
@@ -26,6 +39,7 @@ class Case:
     text_too: bool = False  # it also acts on a prompt without a picture
     coupled: bool = False  # pictures encoded together share a decision, so that a batch is not its rows
     chooses: bool = False  # it keeps the best of something: rounding may choose otherwise
+    late: bool = False  # a prompt's own scores stay; it acts on what is generated
     ties: bool = False  # many answers score alike, so that rounding decides among beams
 
 
@@ -46,6 +60,7 @@ LANGUAGE = {"merge_threshold": None, "keep_rate": 0.0}  # MustDrop without its s
 CASES: dict[str, Case] = {
     "flowcut": Case(FlowCut(9), FlowCut(None), (*NO_CLS, "internvl"), coupled=True, chooses=True),
     "fopru": Case(FoPru(0.3), FoPru(1.0), chooses=True),
+    "h2o": Case(H2O(0.1, 0.1), H2O(0.5, 0.5), text_too=True, chooses=True, late=True),
     "hired": Case(HiRED(0.3), HiRED(1.0), NO_CLS, chooses=True),
     "random": Case(Random(0.3), Random(1.0)),
     "dyvte": Case(DyVTE(exit_layer=1), DyVTE(exit_layer=-1)),

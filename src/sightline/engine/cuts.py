@@ -87,15 +87,24 @@ class View:
         """
         return self._cutter.rows(self._layer, queries)
 
-    def evict(self, layer: int, keep: Tensor, shift: Tensor | None = None) -> None:
+    def evict(self, layer: int, keep: Tensor, shift: Tensor | None = None, most: int | None = None) -> None:
         """In the station `cache`: take tokens out of a layer's cache, for good.
 
         Args:
             layer: of the decoder.
-            keep: (B, M) bool over the layer's ledger `tokens(layer)`; what the cache no longer holds is ignored.
+            keep: (B, M) bool over the layer's ledger `tokens(layer)`; what the cache no longer holds is ignored. Or
+                (B, Hkv, M), for every key head its own tokens, as many for all heads of a row; no sliding window then.
             shift: (B,) how far positions of tokens to come are moved back at this layer from now on; None: as before.
+            most: the largest number of tokens that a row keeps, where it is known: the device is not asked then.
         """
-        self._cutter.evict(layer, keep, shift)
+        self._cutter.evict(layer, keep, shift, most)
+
+    def order(self, layer: int) -> Tensor | None:
+        """(B,) which row of the forward before every row of this one goes on from, where beams were reordered.
+
+        Known for layers that tokens were taken out of; None: each row from its own.
+        """
+        return self._cutter.orders.get(layer)
 
     def loose(self, layer: int) -> int | None:
         """In the station `cache`: how many of a layer's tokens are not compressed; None: it cannot be (a window)."""
@@ -115,7 +124,7 @@ class View:
     def precision(self, layer: int) -> Tensor:
         """In the station `cache`: (B, M) int8, in how many bits a layer holds every token of its ledger.
 
-        16: as it came; 0: it no longer holds it.
+        16: as it came; 0: it no longer holds it (in none of its heads).
         """
         return self._cutter.precision(layer)
 
@@ -127,6 +136,7 @@ class Cutter:
         self.owner = owner
         self._asks = any("cut" in worker.stations for worker in owner.workers)
         self.cache: Any = None  # of the forward now running
+        self.orders: dict[int, Tensor] = {}  # how rows of a layer's cache were reordered before it
         self._angles: list[tuple[Any, nn.Module, Any]] = []  # of the forward now running: (what it gave, module, call)
         self._made: dict[Any, tuple] = {}  # masks and angles already made in this forward
         self._moment: tuple[nn.Module, Tensor, dict] | None = None  # the layer whose `cut` station runs
@@ -159,12 +169,13 @@ class Cutter:
             undo.callback(layers[i].register_forward_hook(partial(self._widen, i)).remove)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._angles, self._made, self._wide, self._image_block = [], {}, False, None
+        self._angles, self._made, self._wide, self._image_block, self.orders = [], {}, False, None, {}
         if self.owner.sequences.current is not None:
             self.cuts.follow(self.whole)
             for layer, held in self.cuts.held.items():
                 order = self.cache.layers[layer].__dict__.pop("order", None)
-                self.cuts.held[layer] = held if order is None else held.rows(order)
+                if order is not None:
+                    self.cuts.held[layer], self.orders[layer] = held.rows(order), order
         self.cache = _cache_of(kwargs)
 
     def _keep_angles(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -243,25 +254,46 @@ class Cutter:
             cuts.depths[deeper] = new[id(depth)]
         return take(hidden, index)
 
-    def evict(self, layer: int, keep: Tensor, shift: Tensor | None) -> None:
+    def evict(self, layer: int, keep: Tensor, shift: Tensor | None, most: int | None = None) -> None:
         """See `View.evict`."""
         _refuse_static(self.cache)
         stored = self.cache.layers[layer]
         if hasattr(stored, "_quantized_keys") or hasattr(stored, "blocks"):
             raise HostError("tokens cannot be taken out of a quantised cache: use the default (dynamic) cache")
         depth = self.cuts.depths[layer] or Depth.of(self.whole)
-        width = depth.tokens.shape[1]
-        if keep.shape != depth.tokens.shape:
-            raise InputError(f"layer {layer}: keep has shape {tuple(keep.shape)}, its ledger {depth.tokens.shape}")
-        held = self.cuts.held.get(layer)
-        now = torch.arange(width, device=keep.device).expand(keep.shape[0], -1) if held is None else held.columns(width)
-        now = now[:, now.shape[1] - stored.keys.shape[-2] :]  # (B, K) a sliding window has let the first ones go
-        stay = take(keep & (depth.tokens.role != int(Role.PAD)), now)
-        counts = stay.sum(1)
-        most, least = torch.stack([counts.max(), counts.min()]).tolist()
-        index = columns(stay, width=most)
-        stored.keys, stored.values = take(stored.keys, index, dim=2), take(stored.values, index, dim=2)
-        self.cuts.held[layer] = Held(take(now, index, fill=-1), width, most != least)
+        ledger, heads = tuple(depth.tokens.shape), stored.keys.shape[1]
+        if keep.shape not in (ledger, (ledger[0], heads, ledger[1])):
+            raise InputError(
+                f"layer {layer}: keep has shape {tuple(keep.shape)}, its ledger {ledger}, {heads} key heads"
+            )
+        held, width = self.cuts.held.get(layer), ledger[1]
+        now = torch.arange(width, device=keep.device).expand(ledger[0], -1) if held is None else held.of_heads(width)
+        now = now[..., now.shape[-1] - stored.keys.shape[-2] :]  # (..., K) a sliding window has let the first ones go
+        real = depth.tokens.role != int(Role.PAD)
+        if keep.dim() == now.dim() == 2:
+            stay = take(keep & real, now)
+        elif getattr(stored, "is_sliding", False):
+            raise HostError(f"layer {layer} has a sliding window: its heads cannot hold different tokens")
+        else:
+            keep, now = (x if x.dim() == 3 else x[:, None].expand(-1, heads, -1) for x in (keep, now))
+            stay = _rows(take, keep & real[:, None], now)
+        counts, filled = stay.sum(-1), True
+        if most is None:
+            most, least, uneven = torch.stack([counts.max(), counts.min(), _spread(counts)]).tolist()
+            filled = most != least
+            if uneven:
+                raise InputError(f"layer {layer}: the heads of a row keep different numbers of tokens")
+        most = min(most, stay.shape[-1])
+        if stay.dim() == 2:
+            index = columns(stay, width=most)
+            stored.keys, stored.values = take(stored.keys, index, dim=2), take(stored.values, index, dim=2)
+            new = Held(take(now, index, fill=-1), width, filled)
+        else:
+            index = _rows(partial(columns, width=most), stay)
+            stored.keys, stored.values = (_rows(take, x, index) for x in (stored.keys, stored.values))
+            now = _rows(partial(take, fill=-1), now, index)
+            new = Held(now[:, 0], width, filled, now)
+        self.cuts.held[layer] = new
         self.cuts.depths[layer] = depth if shift is None else replace(depth, shift=shift)
 
     def compress(self, layer: int, high: Tensor, bits: tuple[int, int]) -> None:
@@ -273,6 +305,8 @@ class Cutter:
                 raise HostError(f"the cache of layer {layer} ({type(stored).__name__}) cannot be compressed")
             stored = self.cache.layers[layer] = mixed(stored)
         tokens, held = self.tokens(layer), self.cuts.held.get(layer)
+        if held is not None and held.heads is not None:
+            raise HostError(f"the heads of layer {layer} hold different tokens: its cache cannot be compressed")
         width, loose = tokens.shape[1], stored.keys.shape[-2]
         now = torch.arange(width, device=high.device).expand(high.shape[0], -1) if held is None else held.columns(width)
         now = now[:, now.shape[1] - loose :]
@@ -284,8 +318,9 @@ class Cutter:
         batch, width = tokens.shape
         parts = [torch.where(b.high, *b.bits) for b in getattr(stored, "blocks", ())]
         found = torch.cat([*parts, torch.full((batch, stored.keys.shape[-2]), 16, device=tokens.role.device)], 1)
-        index = None if held is None else held.columns(width)
-        return spread(found[:, None, None], index, width)[:, 0, 0].to(torch.int8)
+        index = None if held is None else held.of_heads(width)
+        found = found[:, None, None].expand(-1, 1 if index is None or index.dim() == 2 else index.shape[1], -1, -1)
+        return spread(found, index, width).amax(1)[:, 0].to(torch.int8)
 
     def settle(self, cache: Any) -> None:
         """The forward is over: let the caches of cut layers report what the whole sequence is long."""
@@ -357,7 +392,17 @@ class Cutter:
         call = {k: v for k, v in call.items() if k not in (*CACHES, "hidden_states")}
         width, held = self.tokens(layer).shape[1], self.cuts.held.get(layer)
         weights = self.owner.seats[layer].peek(partial(module.forward, hidden, **call), queries, _past(cache, layer))
-        return spread(weights, None if held is None else held.columns(width), width)
+        return spread(weights, None if held is None else held.of_heads(width), width)
+
+
+def _rows(change: Any, *tensors: Tensor) -> Tensor:
+    """A function of (B, ...) on (B, Hkv, ...), every head a row."""
+    return change(*(x.flatten(0, 1) for x in tensors)).unflatten(0, tensors[0].shape[:2])
+
+
+def _spread(counts: Tensor) -> Tensor:
+    """How much counts (B,) or (B, Hkv) differ inside a row, at most."""
+    return (counts.amax(-1) - counts.amin(-1)).max() if counts.dim() == 2 else counts.new_zeros(())
 
 
 def _put(full: Tensor, state: Tensor, block: Tensor) -> Tensor:

@@ -62,18 +62,28 @@ class Depth:
 class Held:
     """Which columns of a depth's ledger a layer's cache still holds after tokens were taken out of it."""
 
-    index: Tensor  # (B, K) columns of the depth's ledger, -1: filler
+    index: (
+        Tensor  # (B, K) columns of the depth's ledger, -1: filler; of the first head, where heads hold different ones
+    )
     upto: int  # later columns are all there
     filled: bool  # whether there is filler
+    heads: Tensor | None = None  # (B, Hkv, K) columns that every key head holds; None: all the same
 
     def rows(self, order: Tensor) -> Held:
         """For a cache whose rows were put into another order."""
-        return replace(self, index=self.index[order])
+        return replace(self, index=self.index[order], heads=None if self.heads is None else self.heads[order])
 
     def columns(self, width: int) -> Tensor:
-        """(B, K') the columns held now that the ledger has `width` of them."""
-        new = torch.arange(self.upto, width, device=self.index.device).expand(self.index.shape[0], -1)
-        return torch.cat([self.index, new], 1)
+        """(B, K') the columns held now that the ledger has `width` of them, where only their number matters for a head."""
+        return self._grown(self.index, width)
+
+    def of_heads(self, width: int) -> Tensor:
+        """The same, (B, Hkv, K') where heads hold different ones."""
+        return self._grown(self.index if self.heads is None else self.heads, width)
+
+    def _grown(self, index: Tensor, width: int) -> Tensor:
+        new = torch.arange(self.upto, width, device=index.device).expand(*index.shape[:-1], -1)
+        return torch.cat([index, new], -1)
 
 
 def chosen(role: Tensor, keep: Tensor) -> tuple[Tensor, bool] | None:
@@ -187,13 +197,15 @@ def mask_of(
 def spread(weights: Tensor, index: Tensor | None, width: int) -> Tensor:
     """Weights (B, H, R, K) on the keys a cache still holds -> (B, H, R, width) on all columns of the ledger, 0 elsewhere.
 
-    `index` (B, K') says which columns are held, the last ones being the keys; None: all.
+    `index` (B, K') or (B, Hkv, K') says which columns are held, the last ones being the keys; None: all.
     """
     keys = weights.shape[-1]
     if index is None:
         return F.pad(weights, (width - keys, 0))
-    index = index[:, index.shape[1] - keys :]
-    index = torch.where(index < 0, width, index)[:, None, None].expand_as(weights)
+    index = index[..., index.shape[-1] - keys :]
+    index = torch.where(index < 0, width, index)
+    index = index[:, None] if index.dim() == 2 else index.repeat_interleave(weights.shape[1] // index.shape[1], 1)
+    index = index[:, :, None].expand_as(weights)
     return weights.new_zeros(*weights.shape[:3], width + 1).scatter(3, index, weights)[..., :width]
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sightline.engine.attention import Call, Edit, Only, Probe, among, attend, rows_of
+from sightline.engine.attention import Call, Edit, Only, Probe, among, apply_factors, attend, rows_of
 from sightline.engine.depth import Held, spread
 from sightline.engine.select import take
 from sightline.errors import HostError
@@ -73,7 +73,10 @@ class Seat:
             depth = cuts.depths[self.layer]
             width = (whole if depth is None else depth.tokens).shape[1]
             held = cuts.held.get(self.layer)
-            wishes = [_on_keys(w, width, call.keys) if held is None else _on_held(w, held, width) for w in wishes]
+            heads = call.query.shape[1]
+            wishes = [
+                _on_keys(w, width, call.keys) if held is None else _on_held(w, held, width, heads) for w in wishes
+            ]
         for wish in wishes:
             if isinstance(wish, Only):
                 call = replace(call, only=wish.tokens if call.only is None else wish.tokens & call.only)
@@ -128,29 +131,49 @@ def _on_keys(wish: Wish, width: int, keys: int) -> Wish:
     return replace(wish, groups=groups, bias=bias, boost=boost)
 
 
-def _on_held(wish: Wish, held: Held, width: int) -> Wish:
+def _on_held(wish: Wish, held: Held, width: int, heads: int) -> Wish:
     """The wish with its ledger columns moved onto the keys that are left after tokens were taken out of the cache."""
-    index = held.columns(width)
+    index = held.of_heads(width)
+    if index.dim() == 3:
+        index = index.repeat_interleave(heads // index.shape[1], 1)  # (B, H, K)
+        wish = _of_heads(wish)
 
     def spread_out(weights: Tensor) -> Tensor:
         return spread(weights, index, width)
 
     def drawn_in(x: Tensor, dim: int, keys: int) -> Tensor:
-        last = index[:, index.shape[1] - keys :]
+        last = index[..., index.shape[-1] - keys :]
         x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
-        return take(x.expand(index.shape[0], *x.shape[1:]), last, dim=dim)
+        if last.dim() == 2:
+            return take(x.expand(index.shape[0], *x.shape[1:]), last, dim=dim)
+        x = x.expand(*last.shape[:2], *x.shape[2:]).flatten(0, 1)  # every head a row
+        return take(x, last.flatten(0, 1), dim=dim - 1).unflatten(0, last.shape[:2])
 
     if isinstance(wish, Only):
-        return Only(drawn_in(wish.tokens, 1, index.shape[1]))
+        return Only(drawn_in(wish.tokens, 1, index.shape[-1]))
     if isinstance(wish, Probe):
         return replace(wish, see=lambda weights, first: wish.see(spread_out(weights), first))
     rewrite = wish.rewrite and (
         lambda weights, first: drawn_in(wish.rewrite(spread_out(weights), first), 3, weights.shape[3])
     )
-    groups = None if wish.groups is None else drawn_in(wish.groups, 1, index.shape[1])
-    bias = None if wish.bias is None else drawn_in(wish.bias, 3, index.shape[1])
-    boost = None if wish.boost is None else drawn_in(wish.boost, 3, index.shape[1])
+    groups = None if wish.groups is None else drawn_in(wish.groups, 1, index.shape[-1])
+    bias = None if wish.bias is None else drawn_in(wish.bias, 3, index.shape[-1])
+    boost = None if wish.boost is None else drawn_in(wish.boost, 3, index.shape[-1])
     return replace(wish, groups=groups, bias=bias, boost=boost, rewrite=rewrite)
+
+
+def _of_heads(wish: Wish) -> Wish:
+    """The wish for heads that hold different tokens: group factors become a rewrite, which sees the ledger's columns."""
+    if isinstance(wish, Only):
+        raise HostError("attention among some tokens cannot go with heads that hold different tokens in their caches")
+    if isinstance(wish, Probe) or wish.factors is None:
+        return wish
+
+    def rewrite(weights: Tensor, first: int) -> Tensor:
+        changed = apply_factors(weights, wish.groups, wish.factors, first)
+        return changed if wish.rewrite is None else wish.rewrite(changed, first)
+
+    return replace(wish, groups=None, factors=None, rewrite=rewrite)
 
 
 def switch_attention(model: nn.Module, root: nn.Module, modules: list[nn.Module], undo: ExitStack) -> dict[int, str]:

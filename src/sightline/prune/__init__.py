@@ -5,6 +5,7 @@ from __future__ import annotations
 from sightline.prune.dyvte import DyVTE
 from sightline.prune.flowcut import FlowCut
 from sightline.prune.fopru import FoPru
+from sightline.prune.h2o import H2O
 from sightline.prune.hired import HiRED
 from sightline.prune.mustdrop import MustDrop
 from sightline.prune.pyramiddrop import PyramidDrop
@@ -15,6 +16,7 @@ from sightline.prune.vtc_cls import VTCCLS
 from sightline.prune.zipvl import ZipVL
 
 __all__ = [
+    "H2O",
     "VTCCLS",
     "DyVTE",
     "FlowCut",

@@ -10,9 +10,9 @@ from sightline.cli import main
 def test_mixers(tmp_path, capsys) -> None:
     out = tmp_path / "bench"
     options = ["--only", "davit", "--lengths", "64,256", "--dim", "8", "--heads", "2", "--repeats", "1", "--no-train"]
-    assert main(["bench", "mixers", "-o", str(out), *options]) == 0
+    assert main(["bench", "mixers", "--no-keep-memory", "-o", str(out), *options]) == 0
     assert "davit 256: forward" in capsys.readouterr().out
-    assert main(["bench", "mixers", "-o", str(out), *options, "--json"]) == 0  # all there already
+    assert main(["bench", "mixers", "--no-keep-memory", "-o", str(out), *options, "--json"]) == 0  # all there already
     assert json.loads(capsys.readouterr().out)["config"]["names"] == ["sdpa", "davit"]
 
 

@@ -38,6 +38,9 @@ def mixers(
     train: Annotated[bool, typer.Option(help="Measure forward with backward as well.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    keep_memory: Annotated[
+        bool, typer.Option(help="Keep freed memory in the process: without, glibc's page faults are measured too.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Time, memory and operations against the number of tokens, for every mixer beside dense attention."""
@@ -51,7 +54,7 @@ def mixers(
     results = bench.run(
         out.expanduser(), names=only.split(",") if only else None, lengths=counts, dim=dim, heads=heads, limit=limit,
         repeats=1 if quick else repeats, train=train, device=device, dtype=dtype,
-        progress=(lambda line: None) if json else (lambda line: say(console, line)),
+        keep_memory=keep_memory, progress=(lambda line: None) if json else (lambda line: say(console, line)),
     )  # fmt: skip
     if json:
         print_json(results)

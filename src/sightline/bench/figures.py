@@ -15,7 +15,8 @@ def table(results: dict[str, Any]) -> str:
     config = results["config"]
     head = (
         f"Width {config['dim']}, {config['heads']} heads, batch 1, {config['dtype']}; {config['device']}, "
-        f"{config['threads']} threads; torch {config['torch']}. Exponents: fitted from {results['exponents_from']} tokens on.\n"
+        f"{config['threads']} threads; torch {config['torch']}; freed memory: {config['freed_memory']}. "
+        f"Exponents: fitted from {results['exponents_from']} tokens on.\n"
     )
     parts = [head]
     for key, title, scale, form in (

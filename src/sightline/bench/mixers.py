@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sightline import __version__, mix
+from sightline.bench.allocator import keep_freed_memory
 from sightline.bench.measure import exponent, measure
 from sightline.errors import ParameterError, UnknownNameError, nearest
 from sightline.evaluate.folder import RunFolder
@@ -54,12 +55,15 @@ def run(
     device: str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
+    keep_memory: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure what is not measured yet in `out`, and write results.json, table.md and scaling.png there.
 
     Args:
         limit: seconds of one forward and backward beyond which a length is left out, guessed from the length before.
+        keep_memory: let this process keep what it frees, for good (see `bench.allocator`), so that operators are
+            measured and not the C library; what was done is said in the results.
 
     Raises:
         ParameterError, UnknownNameError: for values out of range, before any work.
@@ -68,10 +72,12 @@ def run(
     names = list(MIXERS) if names is None else [BASELINE, *(n for n in names if n != BASELINE)]
     check(names, lengths, dim, heads, limit, repeats, dtype)
     where = torch.device(device)
+    kept = keep_memory and where.type == "cpu" and keep_freed_memory()
     config = {
         "kind": "bench mixers", "version": __version__, "torch": torch.__version__, "names": names,
         "lengths": list(lengths), "dim": dim, "heads": heads, "limit": limit, "repeats": repeats, "train": train,
         "device": hardware(where), "threads": torch.get_num_threads(), "dtype": dtype, "seed": seed,
+        "freed_memory": "kept" if kept else "as the allocator has it",
     }  # fmt: skip
     with RunFolder(out, config) as folder:
         for name in names:

@@ -223,7 +223,7 @@ def test_pieces_change_nothing(monkeypatch) -> None:
 
     q, k, v = (randn(2, 13, 11, 2, 4, seed=s) for s in range(3))
     whole = neighborhood_attention(q, k, v, 5, 2, return_lse=True)
-    monkeypatch.setattr(groups, "PIECE", 4000)
+    monkeypatch.setattr(groups, "CACHED", 4000)
     pieces = neighborhood_attention(q, k, v, 5, 2, return_lse=True)
     assert error(pieces[0], whole[0]) <= 1e-6
     assert error(pieces[1], whole[1]) <= 1e-6

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sightline.errors import ParameterError
 from sightline.mix.gna import neighborhood_attention
 from sightline.mix.halonet import Halo, halo_attention, naive_halo_attention
+from sightline.mix.parts import groups
 from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, seeded
 
 NAMES = {"block_size": "block", "halo_size": "halo", "dim_head": "qk_dim"}
@@ -51,6 +52,21 @@ def inputs(grid, block, halo, stride=1, dtype=torch.float32, seed=0) -> list[tor
     win = 2 * (block + 2 * halo) - 1
     shapes = (2, *small, 2, 4), (2, *grid, 2, 4), (2, *grid, 2, 3), (win, 4), (win, 4)
     return [randn(*s, seed=seed + i, dtype=dtype) for i, s in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("masked", [True, False])
+def test_pieces_change_nothing(stride, masked, monkeypatch) -> None:
+    monkeypatch.setattr(groups, "CACHED", 1)  # one row of blocks at once
+    given_ = inputs((11, 7), 4, 1, stride)
+    rule = {"block": 4, "halo": 1, "stride": stride, "mask_padding": masked}
+    assert error(halo_attention(*given_, **rule), naive_halo_attention(*given_, **rule)) <= 1e-5
+    monkeypatch.setattr(groups, "SPARE", 1)
+
+    def run(function):
+        return lambda *given_: function(*given_, **rule)
+
+    assert_same_gradients(run(halo_attention), run(naive_halo_attention), given_, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sightline.errors import ParameterError
+from sightline.mix.parts import groups
 from sightline.mix.volo import Outlook, naive_outlook_attention, outlook_attention
 from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, seeded
 
@@ -55,6 +56,20 @@ def test_any_size(height, width, shape) -> None:
     assert error(outlook_attention(2 * v, a, kernel, stride), 2 * found) <= 1e-5
     if kernel == 1:
         assert error(found, v) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 2), (3, 3), (5, 1), (5, 2), (5, 4)])
+@pytest.mark.parametrize("height", [9, 10, 11])
+def test_pieces_change_nothing(height, shape, monkeypatch) -> None:
+    monkeypatch.setattr(groups, "CACHED", 1)  # as few rows of windows at once as can be
+    v, a = inputs((height, 5), *shape)
+    assert error(outlook_attention(v, a, *shape), naive_outlook_attention(v, a, *shape)) <= 1e-5
+    monkeypatch.setattr(groups, "SPARE", 1)
+
+    def run(function):
+        return lambda v, a: function(v, a, *shape)
+
+    assert_same_gradients(run(outlook_attention), run(naive_outlook_attention), [v, a], 1e-5)
 
 
 def test_local_and_equivariant() -> None:

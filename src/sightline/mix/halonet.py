@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sightline.catalog import Paper, param, system
 from sightline.errors import ParameterError
 from sightline.mix.parts.base import Cost, Mixer, check_division, check_grid, flat_index
-from sightline.mix.parts.groups import blocks, gather, product_mask, sdpa, ungroup
+from sightline.mix.parts.groups import at_once, blocks, gather, product_mask, sdpa, ungroup
 from sightline.mix.parts.local import convolved
 
 
@@ -63,13 +63,27 @@ def halo_attention(
     tables, _ = zip(*queries, strict=True)
     keys, masks = zip(*(_windows(n, block, halo, q.device) for n in k.shape[1:3]), strict=True)
     k, v = (_padded(x, block, halo) for x in (k, v))
+    row = k.shape[0] * k.shape[-2] * prod(keys[1].shape) * keys[0].shape[1]  # keys of a row of blocks, over all heads
+    step = max(1, at_once(q, k, v, height_rel) // (row * max(k.shape[-1], v.shape[-1], small**2)))
+    rule = {"small": small, "scale": scale, "scale_rel": scale_rel, "mask_padding": mask_padding}
+    outs = []
+    for rows in range(0, keys[0].shape[0], step):
+        part = slice(rows, rows + step)
+        of_q, of_k, seen = ((axis[0][part], axis[1]) for axis in (tables, keys, masks))
+        outs.append(_attend(q, k, v, height_rel, width_rel, of_q, of_k, seen, **rule))
+    out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+    return out[:, : q.shape[1], : q.shape[2]]
+
+
+def _attend(q, k, v, height_rel, width_rel, tables, keys, masks, *, small, scale, scale_rel, mask_padding) -> Tensor:
+    """Some rows of blocks, by their positions: (B, rows, columns, m, Dv)."""
     grouped = gather(q, tables)  # (G, B m, b b, D)
-    bias = _relative(grouped, height_rel, width_rel, small, block + 2 * halo) * (scale if scale_rel else 1)
+    win = keys[0].shape[1]
+    bias = _relative(grouped, height_rel, width_rel, small, win) * (scale if scale_rel else 1)
     if mask_padding:
         sizes = [(t.shape[0], 1, t.shape[1]) for t in keys]
         bias = bias.masked_fill(~product_mask(masks, sizes)[:, None], -torch.inf)
-    out = sdpa(grouped, gather(k, keys), gather(v, keys), scale, bias)
-    return ungroup(out, q.shape[0], tables)[:, : q.shape[1], : q.shape[2]]
+    return ungroup(sdpa(grouped, gather(k, keys), gather(v, keys), scale, bias), q.shape[0], tables)
 
 
 def _windows(length: int, block: int, halo: int, device: torch.device) -> tuple[Tensor, Tensor]:

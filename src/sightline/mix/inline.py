@@ -6,7 +6,7 @@ Linear attention whose map from queries to attention rows is injective: the row 
 instead of dividing. With s = D^-0.5, N tokens, k^ and v^ the means over tokens:
 
     A_ij  = 1/N + (s/N) (q_i k_j - q_i k^)                                  rows sum to 1, entries may be negative
-    out_i = q_i [(s/N) k^T v] + (1 - s q_i k^) v^                           q, k, v (B, N, H, D)
+    out_i = s q_i [k^T v / N - k^ v^] + v^                                  q, k, v (B, N, H, D)
     out  += conv3x3_g(v),  g = W2 gelu(W1 mean(x))                          depthwise, kernels of each sample; zero padding
 
 q and k may go through phi: identity (published), relu, leaky_relu (0.01), exp(0.2 x). A CLS token counts in N, k^, v^ and
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sightline.catalog import Paper, param, system
 from sightline.errors import ParameterError
-from sightline.mix.parts.base import Cost, Mixer, check_grid, flat_index
+from sightline.mix.parts.base import Cost, Mixer, as_it_is, check_grid, flat_index
 from sightline.mix.parts.local import PredictedConv, conv_per_sample, convolved, depthwise
 
 PHI = {
@@ -44,10 +44,10 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, values = q.to(wide), k.to(wide), v.to(wide)
-    part = (scale / k.shape[1]) ** 0.5  # on both factors, so that neither grows
-    product = torch.einsum("bnhd,bnhm->bhdm", k * part, values * part)
-    rest = 1 - scale * (q * k.mean(1, keepdim=True)).sum(-1, keepdim=True)  # (B, L, H, 1)
-    return (torch.einsum("blhd,bhdm->blhm", q, product) + rest * values.mean(1, keepdim=True)).to(v.dtype)
+    mean_k, mean_v = k.mean(1), values.mean(1)  # (B, H, D), (B, H, M)
+    with as_it_is(q.device):  # a difference of sums
+        product = torch.einsum("bnhd,bnhm->bhdm", k, values) / k.shape[1] - mean_k[..., None] * mean_v[..., None, :]
+        return (torch.einsum("blhd,bhdm->blhm", q, scale * product) + mean_v[:, None]).to(v.dtype)
 
 
 def inline_weights(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -120,10 +120,10 @@ class InLine(Mixer):
         local = conv_per_sample(values, kernels)
         if self.get_v is not None:
             local = local + convolved(self.get_v, values)
-        out = torch.cat([out[:, :skip], out[:, skip:] + local.flatten(1, 2)], 1)
-        out = self.proj(out)
-        new = out[:, skip:].unflatten(1, grid)
-        return new if cls is None else (new, out[:, :skip])
+        if cls is None:
+            return self.proj(out.unflatten(1, grid) + local)
+        out = self.proj(torch.cat([out[:, :skip], out[:, skip:] + local.flatten(1, 2)], 1))
+        return out[:, skip:].unflatten(1, grid), out[:, :skip]
 
     def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys after phi, and values: (B, N, H, D) each."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from sightline.catalog import Paper, param, system
 from sightline.errors import ParameterError
 from sightline.mix.parts.base import Cost, Mixer, check_grid, flat_index
+from sightline.mix.parts.groups import at_once
 
 
 def outlook_attention(v: Tensor, weights: Tensor, kernel: int, stride: int) -> Tensor:
@@ -39,13 +40,39 @@ def outlook_attention(v: Tensor, weights: Tensor, kernel: int, stride: int) -> T
     Returns:
         (B, H, W, m, D).
     """
-    height, width, heads, dim = v.shape[1:]
-    options = {"kernel_size": kernel, "padding": kernel // 2, "stride": stride}
-    windows = F.unfold(v.flatten(-2).movedim(-1, 1), **options)  # (B, m D K^2, h w)
-    windows = windows.unflatten(1, (heads, dim, kernel**2)).permute(0, 4, 1, 3, 2)  # (B, h w, m, K^2, D)
-    mixed = weights.flatten(1, 2) @ windows
-    mixed = mixed.permute(0, 2, 4, 3, 1).flatten(1, 3)
-    return F.fold(mixed, (height, width), **options).movedim(1, -1).unflatten(-1, (heads, dim))
+    height, (rows, columns) = v.shape[1], weights.shape[1:3]
+    pad, shared = kernel // 2, kernel - stride  # shared: lines that a row of windows has in common with the next
+    row = columns * kernel**2 * v.shape[0] * v.shape[-2] * max(v.shape[-1], kernel**2)
+    step = max(-(-shared // stride), at_once(v, weights) // row, 1)
+    parts, before = [], None
+    for first in range(0, rows, step):
+        part = weights[:, first : first + step]
+        low, lines = first * stride - pad, part.shape[1] * stride
+        here = v[:, max(low, 0) : low + lines + shared]
+        above = max(-low, 0)
+        below = lines + shared - above - here.shape[1]
+        here = F.pad(here, (0, 0, 0, 0, pad, pad, above, below))
+        found = _mixed(here, part, kernel, stride)  # (B, lines + shared, W + 2 pad, m, D)
+        if before is not None and shared:
+            found[:, :shared] += before
+        parts.append(found[:, :lines])
+        before = found[:, lines:]
+    out = torch.cat([*parts, before], 1)
+    out = F.pad(out, (0, 0, 0, 0, 0, 0, 0, max(0, pad + height - out.shape[1])))
+    return out[:, pad : pad + height, pad : pad + v.shape[2]]
+
+
+def _mixed(v: Tensor, weights: Tensor, kernel: int, stride: int) -> Tensor:
+    """Windows of padded values (B, H, W, m, D) under their weights (B, h, w, m, K^2, K^2), added up to the shape of v."""
+    windows = v.unfold(1, kernel, stride).unfold(2, kernel, stride)[:, : weights.shape[1], : weights.shape[2]]
+    windows = windows.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)  # (B, h, w, m, K^2, D)
+    mixed = (weights @ windows).unflatten(4, (kernel, kernel))
+    out = torch.zeros_like(v)
+    rows, columns = (n * stride for n in weights.shape[1:3])
+    for i in range(kernel):
+        for j in range(kernel):
+            out[:, i : i + rows : stride, j : j + columns : stride] += mixed[:, :, :, :, i, j]
+    return out
 
 
 def naive_outlook_attention(v: Tensor, weights: Tensor, kernel: int, stride: int) -> Tensor:

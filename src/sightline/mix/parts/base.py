@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass
 from math import prod
 from typing import Any
@@ -120,6 +121,11 @@ def per_axis(name: str, value: Any, axes: int) -> tuple:
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(..., parts * H * D) -> `parts` tensors (..., H, D)."""
     return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
+
+
+def as_it_is(device: torch.device) -> AbstractContextManager:
+    """Inside, autocast does not lower the precision of sums."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def flat_index(index: Sequence[int], grid: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ pattern over several axes is the product of its axes. Every query is in exactly 
     k (B, *X, H, D) -> (G, B H, K, D)    K keys each
     SDPA under a mask (G, 1, S, K), or none where every pair is admissible
 
-Operations 4 G S K H D, memory of the gathered keys and values 2 G K H D, in pieces of at most `PIECE` numbers.
+Operations 4 G S K H D, memory of the gathered keys and values 2 G K H D, in pieces of at most `at_once` numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIECE = 1 << 25  # numbers gathered at once (128 MB in fp32): the first axis is cut into pieces that stay below
+CACHED = 1 << 20  # numbers gathered at once on a CPU without gradients: its cache holds them
+SPARE = 1 << 25  # elsewhere (128 MB in fp32)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Axis:
     keys: Tensor  # (G, K) positions
     mask: Tensor | None  # (G, S, K) admissible pairs; None: all
     back: Tensor  # (L,) where position i stands in `queries`, flattened
-    whole: bool = False  # one group that holds every query and key in order
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -40,6 +40,16 @@ class Axis:
     def part(self, start: int, stop: int) -> Axis:
         mask = None if self.mask is None else self.mask[start:stop]
         return Axis(self.queries[start:stop], self.keys[start:stop], mask, self.back)
+
+
+def at_once(*tensors: Tensor) -> int:
+    """Numbers that may be gathered at once from `tensors`; work is cut into pieces that stay below.
+
+    Pieces that a CPU's cache holds keep time proportional to the number of tokens. With gradients the pieces are large:
+    the gradient of every piece is as large as the tensor it was taken from.
+    """
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return CACHED if tensors[0].device.type == "cpu" and not graph else SPARE
 
 
 def gather(x: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -96,7 +106,9 @@ def grouped_attention(
     first = axes[0]
     per_group = k.shape[0] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
     per_group *= first.keys.shape[1] * prod([a.keys.numel() for a in axes[1:]])
-    step = max(1, PIECE // per_group)
+    step = max(1, at_once(q, k, v) // per_group)
+    if step < first.queries.shape[0]:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # torch would copy all of them for every piece
     for start in range(0, first.queries.shape[0], step):
         part = [first.part(start, start + step), *axes[1:]]
         out, total = _attend(q, k, v, part, scale, lse)

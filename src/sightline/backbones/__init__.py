@@ -15,11 +15,11 @@ from sightline.errors import MissingExtraError
 if find_spec("timm") is None:
     raise MissingExtraError("backbones are timm models: install sightline[timm]")
 
-from sightline.backbones.variants import VARIANTS, Variant, create, of_family, variant
+from sightline.backbones.variants import VARIANTS, Variant, create, of_family, sized, variant
 
 FAMILIES = ("biformer", "litv2", "flowformer", "moh_vit", "agent", "inline", "halonet", "others")
 
 for _family in FAMILIES:
     import_module(f"{__name__}.{_family}")
 
-__all__ = ["FAMILIES", "VARIANTS", "Variant", "create", "of_family", "variant"]
+__all__ = ["FAMILIES", "VARIANTS", "Variant", "create", "of_family", "sized", "variant"]

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from sightline.backbones.parts.base import Backbone, Block, drop_rates
+from sightline.backbones.parts.base import Backbone, Block, Module, drop_rates
 from sightline.backbones.variants import Variant, register
 from sightline.mix.biformer import BRA, AttentionLePE
 from sightline.mix.parts.local import convolved, depthwise
@@ -78,12 +78,9 @@ class BiFormer(Backbone):
         idle = [] if self.stl else [nn.Identity()]
         return nn.Sequential(nn.Linear(dim, hidden), *idle, nn.GELU(), nn.Linear(hidden, dim))
 
-    def walk(self, x: Tensor) -> Iterator[Tensor]:
+    def steps(self) -> Iterator[tuple[Module, Module]]:
         for down, stage in zip(self.downsample_layers, self.stages, strict=True):
-            blocks = stage["blocks"] if self.stl else stage
-            x = blocks(down(x).movedim(1, -1))
-            yield x
-            x = x.movedim(-1, 1)
+            yield lambda x, down=down: down(x).movedim(1, -1), stage["blocks"] if self.stl else stage
 
     def finish(self, state: Tensor) -> Tensor:
         return self.norm(state.movedim(-1, 1)).movedim(1, -1)

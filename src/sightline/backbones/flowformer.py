@@ -19,7 +19,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from sightline.backbones.parts.base import Backbone, Block, drop_rates, mlp
+from sightline.backbones.parts.base import Backbone, Block, Embed, Module, drop_rates, mlp
 from sightline.backbones.parts.positions import at_size
 from sightline.backbones.variants import Variant, register
 from sightline.mix.flowformer import Flow
@@ -56,9 +56,8 @@ class Flowformer(Backbone):
         global_pool: str = "avg",
     ) -> None:
         super().__init__(widths, (4, 8, 16, 32), num_classes=num_classes, drop_rate=drop_rate, global_pool=global_pool)
-        self.patch_embed = nn.ModuleList()
-        for before, after, step in zip((in_chans, *widths), widths, (4, 2, 2, 2), strict=False):
-            self.patch_embed.append(nn.ModuleDict({"proj": nn.Conv2d(before, after, step, stride=step)}))
+        sizes = zip((in_chans, *widths), widths, (4, 2, 2, 2), strict=False)
+        self.patch_embed = nn.ModuleList(Embed(nn.Conv2d(a, b, step, stride=step)) for a, b, step in sizes)
         self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, (img_size // 4) ** 2, widths[0]), std=0.02))
         self.blocks = nn.ModuleList()
         for dim, rates in zip(widths, drop_rates(drop_path_rate, depths), strict=True):
@@ -67,18 +66,13 @@ class Flowformer(Backbone):
         self.norm = NORM(widths[-1])
         self.finish_init(num_classes)
 
-    def walk(self, x: Tensor) -> Iterator[Tensor]:
-        for i, (embed, blocks) in enumerate(zip(self.patch_embed, self.blocks, strict=True)):
-            x = embed["proj"](x).movedim(1, -1)
-            if i == 0:
-                side = isqrt(self.pos_embed.shape[1])
-                x = x + at_size(self.pos_embed, (side, side), tuple(x.shape[1:3]))
-            x = blocks(x)
-            yield x
-            x = x.movedim(-1, 1)
+    def steps(self) -> Iterator[tuple[Module, Module]]:
+        yield self._placed, self.blocks[0]
+        yield from zip(self.patch_embed[1:], self.blocks[1:], strict=True)
 
-    def finish(self, state: Tensor) -> Tensor:
-        return self.norm(state)
+    def _placed(self, x: Tensor) -> Tensor:
+        x, side = self.patch_embed[0](x), isqrt(self.pos_embed.shape[1])
+        return x + at_size(self.pos_embed, (side, side), tuple(x.shape[1:3]))
 
 
 register(

@@ -15,14 +15,14 @@ as its detection code does (its classification model raises).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from sightline.backbones.parts.base import Backbone, Block, DepthwiseMlp, drop_rates
+from sightline.backbones.parts.base import Block, DepthwiseMlp, drop_rates
+from sightline.backbones.parts.swin import Layered
 from sightline.backbones.variants import Variant, register
 from sightline.mix.hilo import HiLo
 
@@ -46,7 +46,7 @@ class DeformableMerging(nn.Module):
         return self.act(self.norm_layer(merged)).movedim(1, -1)
 
 
-class LITv2(Backbone):
+class LITv2(Layered):
     """See the module's head. windows: HiLo's window by stage; 0: no attention."""
 
     def __init__(
@@ -63,36 +63,15 @@ class LITv2(Backbone):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        widths = [dim * 2**i for i in range(len(depths))]
-        super().__init__(widths, (4, 8, 16, 32), num_classes=num_classes, drop_rate=drop_rate, global_pool=global_pool)
-        self.patch_embed = PatchEmbed(
-            None, 4, in_chans, dim, nn.LayerNorm, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
-        )
-        self.layers = nn.ModuleList()
-        for i, (width, window, rates) in enumerate(
-            zip(widths, windows, drop_rates(drop_path_rate, depths), strict=True)
-        ):
+        head = {"num_classes": num_classes, "drop_rate": drop_rate, "global_pool": global_pool}
+        super().__init__(dim, len(depths), in_chans, **head)
+        for width, window, rates in zip(self.widths, windows, drop_rates(drop_path_rate, depths), strict=True):
             blocks = []
             for rate in rates:
                 attn = HiLo(width, width // 32, window=window, alpha=alpha) if window else None
                 blocks.append(Block(width, attn, DepthwiseMlp(width, 4 * width), drop_path=rate))
-            parts = {"blocks": nn.Sequential(*blocks)}
-            if i + 1 < len(depths):
-                parts["downsample"] = DeformableMerging(width)
-            self.layers.append(nn.ModuleDict(parts))
-        self.norm = nn.LayerNorm(widths[-1])
+            self.add_layer(blocks, DeformableMerging)
         self.finish_init(num_classes)
-
-    def walk(self, x: Tensor) -> Iterator[Tensor]:
-        x = self.patch_embed(x)
-        for layer in self.layers:
-            x = layer["blocks"](x)
-            yield x
-            if "downsample" in layer:
-                x = layer["downsample"](x)
-
-    def finish(self, state: Tensor) -> Tensor:
-        return self.norm(state)
 
 
 register(

@@ -21,7 +21,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.backbones.parts.base import Backbone, Block, drop_rates
+from sightline.backbones.parts.base import Backbone, Block, Embed, Module, drop_rates
 from sightline.backbones.parts.foveal import Cosine, Foveal
 from sightline.backbones.variants import Variant, register
 from sightline.mix.moh import balance_loss, head_gates
@@ -91,24 +91,20 @@ class MoHTransNeXt(Backbone):
             kernel, step, ratio, reduction = (3, 2, 4 if i > 1 else 8, (8, 4, 2, 1)[i])
             kernel, step = (kernel, step) if i else (7, 4)
             conv = nn.Conv2d(before, dim, kernel, stride=step, padding=kernel // 2)
-            setattr(self, f"patch_embed{i + 1}", nn.ModuleDict({"proj": conv, "norm": nn.LayerNorm(dim)}))
+            setattr(self, f"patch_embed{i + 1}", Embed(conv, nn.LayerNorm(dim)))
             rule = {"shared": shared[i], "routed": routed[i], "side": img_size // (4 * 2**i)}
             make = partial(GatedFoveal, reduction=reduction) if reduction > 1 else GatedCosine
             blocks = (Block(dim, make(dim, dim // 24, **rule), GLU(dim, 2 * ratio * dim // 3), NORM, r) for r in rates)
             setattr(self, f"block{i + 1}", nn.Sequential(*blocks))
             setattr(self, f"norm{i + 1}", NORM(dim))
             before = dim
+        self.norm = nn.Identity()
         self.finish_init(num_classes)
 
-    def walk(self, x: Tensor) -> Iterator[Tensor]:
-        for i in (1, 2, 3, 4):
-            embed, blocks, norm = (getattr(self, f"{name}{i}") for name in ("patch_embed", "block", "norm"))
-            x = norm(blocks(embed["norm"](embed["proj"](x).movedim(1, -1))))
-            yield x
-            x = x.movedim(-1, 1)
-
-    def finish(self, state: Tensor) -> Tensor:
-        return state
+    def steps(self) -> Iterator[tuple[Module, Module]]:
+        for i in range(1, 5):
+            blocks, norm = getattr(self, f"block{i}"), getattr(self, f"norm{i}")
+            yield getattr(self, f"patch_embed{i}"), lambda x, blocks=blocks, norm=norm: norm(blocks(x))
 
 
 @contextmanager

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, is_model, register_model
+from timm.models import (
+    build_model_with_cfg,
+    create_model,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    register_model,
+)
 from torch import nn
 
 from sightline.errors import UnknownNameError, nearest
@@ -71,6 +78,12 @@ def create(name: str, *, device: str | torch.device = "cpu", **options: Any) -> 
         raise UnknownNameError(f"no backbone {name!r}: {nearest(name, list(VARIANTS))}")
     with torch.device(device):
         return create_model(name, **options)
+
+
+def sized(name: str, size: int) -> dict[str, int]:
+    """The option of `create` that a network needs to read pictures of `size`: timm's VOLO is built for one size, most for any."""
+    cfg = get_pretrained_cfg(name)
+    return {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
 
 
 def variant(name: str) -> Variant:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sightline.errors import ParameterError
 from sightline.mix.parts.local import convolved, depthwise
 
+Module = Callable[[Tensor], Tensor]
+
 
 class Block(nn.Module):
     """x += attn(norm1(x)); x += mlp(norm2(x)) on (B, H, W, C); without attention only the second line.
@@ -59,8 +61,20 @@ class DepthwiseMlp(nn.Module):
         return self.fc2(self.act(x))
 
 
+class Embed(nn.Module):
+    """The convolution `proj` between stages, then `norm`: (B, C, H, W) -> (B, H', W', C')."""
+
+    def __init__(self, proj: nn.Conv2d, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.proj = proj
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).movedim(1, -1))
+
+
 class Backbone(nn.Module):
-    """A classifier with timm's interface. Families define `walk` and `finish` and build a `head`.
+    """A classifier with timm's interface. Families define `steps` (or `walk`), build a last `norm` and call `finish_init`.
 
     widths: channels of the maps that `walk` yields; reductions: their strides on the picture.
     """
@@ -87,13 +101,20 @@ class Backbone(nn.Module):
             raise ParameterError(f"global_pool={name!r}: choose one of {self.pools} ('' keeps the whole map)")
         self.global_pool = name
 
+    def steps(self) -> Iterator[tuple[Module, Module]]:
+        """Every stage: what makes its map of the picture or the map before, (B, C, H, W) -> (B, H', W', C'), and its blocks."""
+        raise NotImplementedError
+
     def walk(self, x: Tensor) -> Iterator[Any]:
         """The state after each stage: a map (B, H, W, C), unless the family keeps more (see `map_of`)."""
-        raise NotImplementedError
+        for embed, blocks in self.steps():
+            x = blocks(embed(x))
+            yield x
+            x = x.movedim(-1, 1)
 
     def finish(self, state: Any) -> Tensor:
         """The last state normalised: what `forward_features` returns."""
-        raise NotImplementedError
+        return self.norm(state)
 
     def map_of(self, state: Any) -> Tensor:
         """The map (B, H, W, C) in a state of `walk`."""

@@ -9,7 +9,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from sightline.backbones.parts.base import Backbone, Block, drop_rates, mlp
+from sightline.backbones.parts.base import Backbone, Block, Embed, Module, drop_rates, mlp
 from sightline.backbones.parts.positions import at_size
 
 WIDTHS = (64, 128, 320, 512)
@@ -37,7 +37,7 @@ class PVT(Backbone):
         self.sides = [img_size // step for step in (4, 8, 16, 32)]
         for i, (dim, rates) in enumerate(zip(WIDTHS, drop_rates(drop_path_rate, depths), strict=True)):
             step, side = (2 if i else 4), self.sides[i]
-            embed = nn.ModuleDict({"proj": nn.Conv2d(before, dim, step, stride=step), "norm": nn.LayerNorm(dim)})
+            embed = Embed(nn.Conv2d(before, dim, step, stride=step), nn.LayerNorm(dim))
             places = nn.Parameter(trunc_normal_(torch.empty(1, side**2, dim), std=0.02))
             blocks = (
                 Block(dim, self.attention(dim, heads[i], i, side), mlp(dim, MLP_RATIOS[i]), norm, rate)
@@ -47,19 +47,17 @@ class PVT(Backbone):
             setattr(self, f"pos_embed{i + 1}", places)
             setattr(self, f"block{i + 1}", nn.Sequential(*blocks))
             before = dim
+        self.norm = nn.Identity()
         self.finish_init(num_classes)
 
     def attention(self, dim: int, heads: int, stage: int, side: int) -> nn.Module:
         """The attention of a stage's blocks, (B, H, W, C) -> same; side: of the map at the size built for."""
         raise NotImplementedError
 
-    def walk(self, x: Tensor) -> Iterator[Tensor]:
-        for i, side in enumerate(self.sides, 1):
-            embed, places, blocks = (getattr(self, f"{name}{i}") for name in ("patch_embed", "pos_embed", "block"))
-            x = embed["norm"](embed["proj"](x).movedim(1, -1))
-            x = blocks(x + at_size(places, (side, side), tuple(x.shape[1:3])))
-            yield x
-            x = x.movedim(-1, 1)
+    def steps(self) -> Iterator[tuple[Module, Module]]:
+        for i in range(1, 5):
+            yield partial(self._placed, i), getattr(self, f"block{i}")
 
-    def finish(self, state: Tensor) -> Tensor:
-        return state
+    def _placed(self, i: int, x: Tensor) -> Tensor:
+        x, side = getattr(self, f"patch_embed{i}")(x), self.sides[i - 1]
+        return x + at_size(getattr(self, f"pos_embed{i}"), (side, side), tuple(x.shape[1:3]))

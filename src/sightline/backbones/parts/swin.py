@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
@@ -13,7 +14,35 @@ from sightline.backbones.parts.base import Backbone, Block, drop_rates, mlp
 COMPUTED = ("attn.relative_position_index", "attn_mask")  # buffers of official checkpoints
 
 
-class Swin(Backbone):
+class Layered(Backbone):
+    """patch_embed (4 x 4 conv, LN), layers.S.{blocks, downsample}, norm (LN), mean, head: Swin's names."""
+
+    def __init__(self, dim: int, stages: int, in_chans: int, **head: Any) -> None:
+        self.widths = [dim * 2**i for i in range(stages)]
+        super().__init__(self.widths, [4 * 2**i for i in range(stages)], **head)
+        self.patch_embed = PatchEmbed(
+            None, 4, in_chans, dim, nn.LayerNorm, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
+        )
+        self.layers = nn.ModuleList()
+        self.norm = nn.LayerNorm(self.widths[-1])
+
+    def add_layer(self, blocks: Iterable[nn.Module], downsample: Callable[[int], nn.Module]) -> None:
+        """The next stage: its blocks and, unless it is the last, what halves its map and doubles its channels."""
+        width, parts = self.widths[len(self.layers)], {"blocks": nn.Sequential(*blocks)}
+        if width != self.widths[-1]:
+            parts["downsample"] = downsample(width)
+        self.layers.append(nn.ModuleDict(parts))
+
+    def walk(self, x: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(x)
+        for layer in self.layers:
+            x = layer["blocks"](x)
+            yield x
+            if "downsample" in layer:
+                x = layer["downsample"](x)
+
+
+class Swin(Layered):
     """patch_embed, layers.S.{blocks, downsample}, LN, mean, head.
 
     mixed: how many blocks of each stage, from its first, have the family's attention over the whole map. The others attend
@@ -34,13 +63,9 @@ class Swin(Backbone):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        widths = [dim * 2**i for i in range(4)]
-        super().__init__(widths, (4, 8, 16, 32), num_classes=num_classes, drop_rate=drop_rate, global_pool=global_pool)
-        self.patch_embed = PatchEmbed(
-            None, 4, in_chans, dim, nn.LayerNorm, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
-        )
-        self.layers = nn.ModuleList()
-        for i, (width, rates) in enumerate(zip(widths, drop_rates(drop_path_rate, depths), strict=True)):
+        head = {"num_classes": num_classes, "drop_rate": drop_rate, "global_pool": global_pool}
+        super().__init__(dim, 4, in_chans, **head)
+        for i, (width, rates) in enumerate(zip(self.widths, drop_rates(drop_path_rate, depths), strict=True)):
             side, window, m = img_size // (4 * 2**i), max(7, img_size // 32), heads * 2**i
             blocks = []
             for j, rate in enumerate(rates):
@@ -49,11 +74,7 @@ class Swin(Backbone):
                     continue
                 rule = {"window_size": window, "shift_size": j % 2 * (window // 2), "dynamic_mask": True}
                 blocks.append(SwinTransformerBlock(width, (side, side), m, drop_path=rate, **rule))
-            parts = {"blocks": nn.Sequential(*blocks)}
-            if i < 3:
-                parts["downsample"] = PatchMerging(width, 2 * width)
-            self.layers.append(nn.ModuleDict(parts))
-        self.norm = nn.LayerNorm(widths[-1])
+            self.add_layer(blocks, lambda width: PatchMerging(width, 2 * width))
         self.finish_init(num_classes)
 
     def attention(self, dim: int, heads: int, stage: int, side: int) -> nn.Module:
@@ -62,14 +83,3 @@ class Swin(Backbone):
 
     def renamed(self, key: str) -> str | None:
         return None if key.endswith(COMPUTED) else key
-
-    def walk(self, x: Tensor) -> Iterator[Tensor]:
-        x = self.patch_embed(x)
-        for layer in self.layers:
-            x = layer["blocks"](x)
-            yield x
-            if "downsample" in layer:
-                x = layer["downsample"](x)
-
-    def finish(self, state: Tensor) -> Tensor:
-        return self.norm(state)

@@ -140,7 +140,9 @@ def make(settings: Settings, classes: int) -> nn.Module:
     """The backbone with a fresh head; `weights`: a published checkpoint to start from."""
     from sightline import backbones
 
-    options = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+    options = backbones.sized(settings.backbone, settings.size)
+    if settings.drop_path:
+        options["drop_path_rate"] = settings.drop_path
     if settings.weights is None:
         return backbones.create(settings.backbone, num_classes=classes, **options)
     model = backbones.create(settings.backbone, **options)
@@ -153,7 +155,8 @@ def make(settings: Settings, classes: int) -> nn.Module:
         load_checkpoint(model, str(path))
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
-        raise ModelError(f"{str(path)!r} is no checkpoint of {settings.backbone}: {first}") from error
+        at = f" at {settings.size} x {settings.size}" if options.get("img_size") else ""
+        raise ModelError(f"{str(path)!r} is no checkpoint of {settings.backbone}{at}: {first}") from error
     model.reset_classifier(classes)
     return model
 
@@ -169,7 +172,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[nn.
         facts = json.loads((folder / "model.json").read_text())
     except OSError as error:
         raise InputError(f"no trained classifier in {str(folder)!r}: run `sightline train classifier`") from error
-    model = backbones.create(facts["backbone"], num_classes=len(facts["classes"]))
+    options = backbones.sized(facts["backbone"], facts["size"])
+    model = backbones.create(facts["backbone"], num_classes=len(facts["classes"]), **options)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().to(device), facts["classes"]
 

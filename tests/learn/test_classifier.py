@@ -175,6 +175,18 @@ def test_a_published_checkpoint_to_start_from(tmp_path) -> None:
         classifier.make(replace(TINY, weights=str(tmp_path / "absent.pth")), 4)
 
 
+def test_networks_for_one_size_are_built_for_it(monkeypatch) -> None:
+    """timm's VOLO reads no other pictures than it was made for."""
+    from sightline import backbones
+
+    assert backbones.sized("volo_d1_224", 64) == {"img_size": 64}
+    assert backbones.sized("biformer_tiny", 64) == backbones.sized("resnet9000", 64) == {}
+    asked = []
+    monkeypatch.setattr(backbones, "create", lambda name, **options: asked.append((name, options)))
+    classifier.make(Settings("volo_d1_224", size=64), 4)
+    assert asked == [("volo_d1_224", {"img_size": 64, "num_classes": 4})]
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

@@ -31,10 +31,12 @@ class PredictedConv(nn.Sequential):
 def conv_per_sample(x: Tensor, kernels: Tensor) -> Tensor:
     """Each sample (H, W, C) of x under its own depthwise kernels (B, C, 3, 3), zero padding."""
     batch, height, width, channels = x.shape
-    image = x.movedim(-1, 1).reshape(1, batch * channels, height, width)
+    image = x.permute(1, 2, 0, 3).reshape(
+        1, height, width, batch * channels
+    )  # samples beside channels, which stay last
     kernels = kernels.to(x.dtype).reshape(batch * channels, 1, *kernels.shape[-2:])
-    out = F.conv2d(image, kernels, padding=kernels.shape[-1] // 2, groups=batch * channels)
-    return out.view(batch, channels, height, width).movedim(1, -1)
+    out = F.conv2d(image.movedim(-1, 1), kernels, padding=kernels.shape[-1] // 2, groups=batch * channels)
+    return out.movedim(1, -1).reshape(height, width, batch, channels).permute(2, 0, 1, 3)
 
 
 def resize(x: Tensor, size: tuple[int, ...], mode: str = "bilinear") -> Tensor:

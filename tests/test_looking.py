@@ -112,6 +112,12 @@ def test_bad_requests_are_refused_before_work() -> None:
         sl.look(picture(), "What?", model=LVLM(lvlm.model, lvlm.processor, host, "mine"))
 
 
+def test_systems_are_a_list() -> None:
+    for wrong in ("var", sl.steer.VAR(), None):
+        with pytest.raises(ParameterError, match="give a list of systems"):
+            sl.look(systems=wrong)
+
+
 def test_whole_maps_too_large_are_refused_before_the_work() -> None:
     lvlm = tiny()
     recorder = sl.record(maps=True, limit_mb=0.01)

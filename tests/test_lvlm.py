@@ -183,6 +183,7 @@ def test_placeholders_in_a_question(lvlm, token):
         ([], "a", "0 entries of images for 0 questions"),
         (picture(), [], "1 entries|0 entries of images for 0 questions"),
         ([picture(), 3], "a", "int: give a path"),
+        ("Is there a dog?", picture(), "the picture comes first, then the question"),
         ("nowhere.png", "a", "'nowhere.png': no such file"),
         ([["nowhere.png"]], "a", "'nowhere.png': no such file"),
     ],

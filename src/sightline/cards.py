@@ -27,9 +27,9 @@ def summary(entry: Entry) -> dict[str, Any]:
         "name": entry.slug,
         "kind": entry.kind,
         "summary": entry.summary,
-        "paper": paper.title,
-        "venue": f"{paper.venue} {paper.year}",
-        "url": paper.url,
+        "paper": paper and paper.title,
+        "venue": paper and f"{paper.venue} {paper.year}",
+        "url": paper and paper.url,
     }
 
 
@@ -37,16 +37,14 @@ def card(entry: Entry) -> dict[str, Any]:
     """Everything known of a system, JSON-able."""
     return {
         **summary(entry),
-        "authors": entry.paper.authors,
-        "code": entry.paper.code,
-        "licence": entry.paper.licence,
+        **{key: entry.paper and getattr(entry.paper, key) for key in ("authors", "code", "licence")},
         "needs": list(entry.needs),
         "parameters": _parameters(entry),
         "published": [{"what": what, "figure": figure, "status": "as reported"} for what, figure in entry.published],
         "networks": _networks(entry),
         "command": _command(entry),
         "python": _python(entry),
-        "bibtex": entry.paper.bibtex(entry.slug),
+        "bibtex": entry.paper and entry.bibtex(),
     }
 
 
@@ -60,7 +58,7 @@ def print_list(entries: list[Entry], console: Console) -> None:
     table.add_column("what it does")
     table.add_column("paper", no_wrap=True)
     for entry in entries:
-        where = f"{entry.paper.venue} {entry.paper.year}"
+        where = summary(entry)["venue"] or "(a baseline)"
         table.add_row(Text(entry.slug, "cyan"), entry.kind, Text(entry.summary), where)
     console.print(table)
 
@@ -70,8 +68,11 @@ def print_card(entry: Entry, console: Console) -> None:
     console.print(f"[bold cyan]{entry.slug}[/]  [dim]{entry.kind}: {KINDS[entry.kind]}[/]")
     say(console, entry.summary)
     say(console)
-    say(console, entry.paper.title, style="bold")
-    say(console, f"{_names(facts['authors'])}. {facts['venue']}")
+    if entry.paper is None:
+        say(console, "A baseline, without a paper.")
+    else:
+        say(console, entry.paper.title, style="bold")
+        say(console, f"{_names(facts['authors'])}. {facts['venue']}")
     for key in ("url", "code"):
         if facts[key]:
             licence = f" ({facts['licence']})" if key == "code" and facts["licence"] else ""
@@ -85,8 +86,9 @@ def print_card(entry: Entry, console: Console) -> None:
     for line in (facts["command"], *facts["python"].splitlines()):
         if line:
             say(console, f"  {line}")
-    say(console, "\nCite it", style="bold")
-    say(console, facts["bibtex"])
+    if entry.paper is not None:
+        say(console, "\nCite it", style="bold")
+        say(console, facts["bibtex"])
 
 
 def _networks(entry: Entry) -> list[dict[str, Any]]:

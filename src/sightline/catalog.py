@@ -19,7 +19,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from sightline.errors import ParameterError, UnknownNameError, nearest
+from sightline.errors import InputError, ParameterError, UnknownNameError, nearest
 
 KINDS = {
     "prune": "drop or merge visual tokens, before or inside the language model",
@@ -60,10 +60,16 @@ class Entry:
     slug: str
     kind: str
     cls: type
-    paper: Paper
+    paper: Paper | None  # None: a baseline that nobody published
     summary: str
     needs: tuple[str, ...]  # what a host must have: "image_tokens", "cls", ...
     published: tuple[tuple[str, str], ...]  # (what, figure) the paper reports, with its source stated
+
+    def bibtex(self) -> str:
+        """The BibTeX entry of its paper; InputError when there is none."""
+        if self.paper is None:
+            raise InputError(f"{self.slug} is a baseline without a paper: there is nothing to cite")
+        return self.paper.bibtex(self.slug)
 
     @property
     def parameters(self) -> tuple[dataclasses.Field, ...]:
@@ -99,7 +105,7 @@ def system(
     slug: str,
     *,
     kind: str,
-    paper: Paper,
+    paper: Paper | None,
     summary: str,
     needs: tuple[str, ...] = ("image_tokens",),
     published: tuple[tuple[str, str], ...] = (),
@@ -141,9 +147,15 @@ def table() -> str:
     """The registry as a Markdown table, for the README."""
     rows = ["| system | kind | what it does | paper |", "|---|---|---|---|"]
     for e in load_all().values():
-        paper = f"[{e.paper.title}]({e.paper.url})" if e.paper.url else e.paper.title
-        rows.append(f"| `{e.slug}` | {e.kind} | {e.summary} | {paper}, {e.paper.venue} {e.paper.year} |")
+        rows.append(f"| `{e.slug}` | {e.kind} | {e.summary} | {_where(e.paper)} |")
     return "\n".join(rows)
+
+
+def _where(paper: Paper | None) -> str:
+    if paper is None:
+        return "a baseline, without a paper"
+    title = f"[{paper.title}]({paper.url})" if paper.url else paper.title
+    return f"{title}, {paper.venue} {paper.year}"
 
 
 def renew(text: str) -> str:
@@ -154,13 +166,23 @@ def renew(text: str) -> str:
 
 
 def parse(spec: str) -> list[Any]:
-    """Systems from the command-line form `name:key=value,key=value+name2`; "none" gives an empty list."""
+    """Systems from the command-line form `name:key=value,key=value+name2`; "none" or "" gives an empty list.
+
+    Raises:
+        UnknownNameError: no system of that name. ParameterError: a parameter is unknown, missing, given twice or out of
+            range, or nothing stands beside a "+".
+    """
+    if not spec.strip():
+        return []
     systems = []
     for part in spec.split("+"):
         name, _, settings = part.strip().partition(":")
-        if name in ("", "none"):
-            continue
-        systems.append(build(name, dict(_setting(s) for s in settings.split(",") if s)))
+        if not name:
+            raise ParameterError(
+                f"{spec!r}: nothing stands beside a '+'; write systems as name+name, for example var+vhr"
+            )
+        if name != "none":
+            systems.append(build(name, _settings(name, settings)))
     return systems
 
 
@@ -174,7 +196,8 @@ def build(slug: str, settings: dict[str, Any]) -> Any:
             raise ParameterError(f"{slug} has no parameter {key!r}: {nearest(key, known)}")
     required = [f.name for f in found.parameters if f.init and f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in settings]:
-        raise ParameterError(f"{slug} needs {' and '.join(missing)}: write {slug}:{missing[0]}=...")
+        wanted = ",".join(f"{name}=..." for name in missing)
+        raise ParameterError(f"{slug} needs {' and '.join(missing)}: write {slug}:{wanted}")
     return found.cls(**{k: _convert(slug, k, v, hints[k]) if isinstance(v, str) else v for k, v in settings.items()})
 
 
@@ -201,6 +224,15 @@ def from_dict(config: dict[str, Any]) -> Any:
     """The system that `to_dict` described."""
     config = dict(config)
     return build(config.pop("system"), {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+
+
+def _settings(slug: str, text: str) -> dict[str, str]:
+    """`key=value,key=value` as a dict."""
+    pairs = [_setting(part) for part in text.split(",") if part]
+    keys = [key for key, _ in pairs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ParameterError(f"{slug}: {twice} is given twice; choose one value")
+    return dict(pairs)
 
 
 def _setting(text: str) -> tuple[str, str]:

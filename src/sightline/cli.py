@@ -178,7 +178,7 @@ def card(
     if json:
         print_json(cards.card(entry))
     elif bibtex:
-        print(entry.paper.bibtex(entry.slug))
+        print(entry.bibtex())
     else:
         cards.print_card(entry, make_console())
 
@@ -188,7 +188,7 @@ def cite(name: Name) -> None:
     """The BibTeX entry of a system's paper."""
     from sightline import catalog
 
-    print(catalog.entry(name).paper.bibtex(name))
+    print(catalog.entry(name).bibtex())
 
 
 @app.command()
@@ -256,15 +256,17 @@ def _complain(error: Exception) -> int:
 
 def _parse(spec: str) -> list[Any]:
     """The systems of `--with`; ParameterError for one that does not act on a model while it answers."""
-    from sightline.catalog import entry, parse
-    from sightline.engine.system import System
+    from sightline.catalog import ENTRIES, load_all, parse
 
-    chosen = parse(spec)
-    for one in chosen:
-        if not isinstance(one, System):
-            kind = entry(one.slug).kind
-            raise ParameterError(f"--with {one.slug}: it is of kind {kind}, which does not act on a model that answers")
-    return chosen
+    load_all()
+    for part in spec.split("+"):
+        found = ENTRIES.get(part.strip().partition(":")[0])
+        if found is not None and found.kind == "mix":
+            raise ParameterError(
+                f"--with {found.slug}: it is of kind mix, a module to build networks with; it does not act on a model that "
+                "answers (`sightline list --kind steer`, decode or prune for those that do)"
+            )
+    return parse(spec)
 
 
 def _example(systems: str | None) -> tuple[str, str, str]:

@@ -46,7 +46,11 @@ class SightlineWarning(UserWarning):
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ParameterError unless `low <= value <= high`."""
     if not (isinstance(value, (int, float)) and low <= value <= high):
-        raise ParameterError(f"{name}={value!r} is out of range: choose {name} in [{low:g}, {high:g}]")
+        raise ParameterError(f"{name}={value!r} is out of range: choose {name} in [{_bound(low)}, {_bound(high)}]")
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sightline.errors import MissingExtraError, ModelError, ParameterError, SightlineError
@@ -148,6 +149,11 @@ def _read(source: Source, common: dict[str, Any], options: dict[str, Any]) -> tu
     from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
     with _as_model_error(source.name), _bars(not source.local):
+        if source.local and not any(Path(source.location).glob("*processor_config.json")):
+            raise ModelError(
+                f"model {source.name!r} has no processor (no processor_config.json or preprocessor_config.json): "
+                "write it there too, processor.save_pretrained(folder)"
+            )
         processor = AutoProcessor.from_pretrained(source.location, **common)
         if not isinstance(processor, ProcessorMixin):
             raise ModelError(

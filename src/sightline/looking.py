@@ -119,7 +119,7 @@ def look(
             report shows frame beside frame; None: the bundled example.
         question: what to ask; None: the example's question (only with the example), else "What is in this picture?".
         model: "tiny" (bundled), a Hub id, a folder, or a loaded `LVLM`.
-        systems: instances such as `sl.steer.VAR()`; none: only the plain answer.
+        systems: a list of instances such as `sl.steer.VAR()`; none: only the plain answer.
         max_new_tokens: length limit of the answer; decoding is greedy.
         device, dtype, loading: see `sightline.load`.
         seed: for anything random in the systems.
@@ -128,6 +128,7 @@ def look(
         InputError, ModelError, ParameterError: before any work is done.
     """
     from sightline.clips import is_clip, open_clip
+    from sightline.engine.checks import check_systems
     from sightline.engine.passes import planned
     from sightline.engine.record import record
     from sightline.hosts import layouts
@@ -137,6 +138,7 @@ def look(
     from sightline.lvlm import check_max_new_tokens
 
     check_max_new_tokens(max_new_tokens)
+    check_systems(systems)
     if image is None:
         image, example_question = example()
         question = example_question if question is None else question

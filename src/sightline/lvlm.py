@@ -166,9 +166,11 @@ class LVLM:
         Returns:
             The answer; a list of answers when a list was given or several sequences per question were asked for.
         """
+        from sightline.engine.checks import check_systems
         from sightline.engine.passes import planned, plans
 
         check_max_new_tokens(max_new_tokens)
+        check_systems(systems)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
         if plans(systems):  # they ask the model about every question by itself
             answers = []
@@ -221,6 +223,10 @@ def _is_batch(images: Any) -> bool:
 
 def _pair(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Image] | Clip], list[str]]:
     """B rows of opened pictures and B checked questions."""
+    if not isinstance(questions, str | Sequence):
+        raise InputError(
+            f"the question is of type {type(questions).__name__}: the picture comes first, then the question as text"
+        )
     asked = [questions] if isinstance(questions, str) else list(questions)
     entries = list(images) if _is_batch(images) else [images] * len(asked)
     if len(asked) == 1:

@@ -33,7 +33,8 @@ def find_source(name: str, revision: str | None = None, trust_remote_code: bool 
         ModelError: not found, offline, gated, no vision-language model, without safetensors, or in need of own code.
     """
     if not isinstance(name, str) or not name.strip():
-        raise ModelError(f"model {name!r} is no name: give 'tiny', a folder or a Hub id")
+        given = repr(name) if isinstance(name, str) or name is None else f"of type {type(name).__name__}"
+        raise ModelError(f"model {given} is no name: give 'tiny', a folder or a Hub id")
     folder = BUNDLED[name] if name in BUNDLED else Path(name).expanduser()
     if name in BUNDLED and not (folder / "config.json").is_file():
         raise ModelError(f"the bundled model {name!r} is missing from this installation: no files in {str(folder)!r}")

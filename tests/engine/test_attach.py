@@ -186,10 +186,55 @@ def test_a_part_and_its_whole_are_refused_together(tiny):
 def test_what_is_not_a_system_is_refused(tiny):
     model = tiny("llava").model
     before = trace(model)
-    for wrong in ("var", System, None):
-        with pytest.raises(ParameterError, match="is not a system"):
-            sl.attach(model, wrong)
+    wrong = {
+        "sl.catalog.parse": "var",
+        "write System()": System,
+        "see `sightline list`": None,
+        "attach(model, first, second)": [nothing()],
+        "fna is a module to build networks with": sl.mix.FNA(4, 2, window=3),
+        "the model comes first": model,
+    }
+    for mend, given in wrong.items():
+        with pytest.raises(ParameterError, match=r"is not a system") as caught:
+            sl.attach(model, given)
+        assert mend in str(caught.value)
+        assert len(str(caught.value)) < 250, "the printout of a model fills pages"
     assert differences(before, trace(model)) == []
+
+
+def test_what_is_not_a_model_is_refused(tiny):
+    host = tiny("llava")
+    wrong = {
+        "is no model": host.processor,
+        "give its .model": host,
+        "the model comes first": nothing(),
+        "'tiny'": "tiny",
+    }
+    for mend, given in wrong.items():
+        with pytest.raises(ParameterError, match=r"^attach\(model, \*systems\)") as caught:
+            sl.attach(given, nothing())
+        assert mend in str(caught.value)
+    with pytest.raises(ParameterError, match=r"'llava' is not a sightline\.hosts\.Host"):
+        sl.attach(host.model, nothing(), host="llava")
+
+
+def test_wrapped_models_and_parts_of_models_are_named(tiny):
+    model = tiny("llava").model
+    wrappers = {"model.module": torch.nn.DataParallel(model), "model._orig_mod": torch.compile(model)}
+    for path, wrapper in wrappers.items():
+        with pytest.raises(HostError, match=f"holds a LlavaForConditionalGeneration: give that part of it, {path}"):
+            sl.attach(wrapper, nothing())
+    with pytest.raises(HostError, match="LlavaModel has no output head: give the LlavaForConditionalGeneration"):
+        sl.attach(model.model, nothing())
+
+
+def test_an_attachment_that_was_left_is_not_entered_again(tiny):
+    model = tiny("llava").model
+    attached = sl.attach(model, nothing())
+    assert repr(attached).endswith("on LlavaForConditionalGeneration>")
+    sl.detach(model)
+    with pytest.raises(AttachError, match=r"taken off LlavaForConditionalGeneration.*call attach"), attached:
+        pass
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -368,6 +368,21 @@ def test_features_encoded_beforehand(tiny):
     assert [(image == k).sum() for k in range(3)] == [36, 36, 0], "adjacent pictures are told apart by their features"
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_pictures_side_by_side_in_a_plain_forward(name, tiny):
+    """Without text between them, and without `generate`'s encoded features, every picture is still one image."""
+    host = tiny(name)
+    images = [[picture(80, 64), picture(64, 96, 1)], [picture(96, 96, 2)]]
+    inputs = host.inputs(["Both?", "One?"], images)
+    events: list[dict] = []
+    with sl.attach(host.model, watcher(events, ("logits",))), torch.no_grad():
+        host.model(**inputs)
+        host.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    plain, generated = (event["ledger"].image for event in events)
+    assert [len(set(row.tolist()) - {-1}) for row in plain] == [2, 1]
+    assert torch.equal(plain, generated)
+
+
 def test_features_thinned_beforehand(tiny):
     """Tokens taken out before the decoder, another number in each row: the ledger counts what is left."""
     host = tiny("llava")

@@ -77,6 +77,16 @@ def test_sizes(look):
     assert len(page.render(make_look(tokens, tokens, layers=8, heads=8)).encode()) < 3_000_000
 
 
+def test_a_model_without_sink_dimensions_has_no_table_of_zeros():
+    look = make_look(sinks=())
+    assert "φ stays at or below τ" in page.render(look)
+    for run in look.runs:
+        run.phi[:] = 0
+    html = page.render(look)
+    assert "no dimension of its start token reaches the threshold" in html
+    assert "largest φ on the picture" not in html
+
+
 def test_thinned_pages_say_so(look):
     assert "averages over the 4 heads" in page.render(look, budget=30_000)
     assert "averages over" not in page.render(look)

@@ -150,9 +150,9 @@ class Sequences:
     def _counts(self, given: dict[str, Any], ids: Tensor) -> list[int] | None:
         """Visual tokens of every image of the batch; None where only the runs of placeholders can tell."""
         count = getattr(self.owner.host, "image_counts", None)
-        if count is not None:
-            return count(self.owner.model.config, ids)
-        return _visual_counts(given, ids, self.image_token)
+        found = None if count is None else count(self.owner.model, given, ids)
+        found = _encoded_counts(given) if found is None else found
+        return None if found is None or sum(found) != int((ids == self.image_token).sum()) else found
 
     def _video(self, given: dict[str, Any]) -> dict[str, Any]:
         """How the ledger tells the frames of videos apart, as arguments of `Tokens.from_ids`."""
@@ -200,7 +200,8 @@ class Sequences:
                 state.update(seen)  # of pictures that `generate` encoded for this block
             self.owner.vision_states = [{} for _ in known.states]
             chunk = None if mask is None else mask[:, -ids.shape[1] :]
-            known.tokens = tokens.extend(Tokens.from_ids(ids, self.image_token, chunk, **self._video(given)))
+            block = Tokens.from_ids(ids, self.image_token, chunk, counts=self._counts(given, ids), **self._video(given))
+            known.tokens = tokens.extend(block)
         else:
             known.tokens = tokens.generated()
         return known
@@ -243,11 +244,8 @@ def _repeats(prompt: Tensor | None, ids: Tensor) -> bool:
     return bool(torch.equal(ids[:, : prompt.shape[1]], prompt))
 
 
-def _visual_counts(given: dict[str, Any], ids: Tensor, image_token: int) -> list[int] | None:
-    """Visual tokens of every image when the model was given encoded images and the counts fit; None otherwise."""
+def _encoded_counts(given: dict[str, Any]) -> list[int] | None:
+    """Visual tokens of every image when the model was given encoded images; None otherwise."""
     encoded = (given.get("mm_encoder_outputs") or {}).get("image")
     features = getattr(encoded, "pooler_output", None)
-    if not isinstance(features, (list, tuple)):
-        return None
-    counts = [len(f) for f in features]
-    return counts if sum(counts) == int((ids == image_token).sum()) else None
+    return [len(f) for f in features] if isinstance(features, list | tuple) else None

@@ -49,8 +49,9 @@ class Host:
     projector: str = "model.multi_modal_projector"
     image_token: str = "image_token_id"  # attribute of model.config
     layouts: Layouts | None = None
-    # (config, input ids) -> visual tokens of every image, where they stand in several runs; None: the host's features tell
-    image_counts: Callable[[Any, Any], list[int]] | None = None
+    # (model, arguments of the forward, input ids) -> visual tokens of every image, where runs of placeholders do not
+    # tell: several runs an image, or several images a run. It may return None: the encoded features, or runs, tell then
+    image_counts: Callable[[nn.Module, Mapping[str, Any], Any], list[int] | None] | None = None
     video: bool = False  # its processors take videos
     video_token: str | None = None  # attribute of model.config; None: videos use the image token
     # (config, arguments of the forward, (n,) lengths of the runs of video tokens) -> visual tokens of every frame

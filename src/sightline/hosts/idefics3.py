@@ -36,16 +36,16 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
     raise InputError(f"pictures of sizes {list(sizes)} do not give {views} views: {ADVICE}")
 
 
-def image_counts(config: Any, ids: Any) -> list[int]:
+def image_counts(model: Any, given: Mapping[str, Any], ids: Any) -> list[int]:
     """Tokens of every picture: its views stand apart, the whole picture last, and behind the same marker everywhere."""
-    counts = []
+    counts, token = [], model.config.image_token_id
     for row in ids.tolist():
-        starts = [k for k, i in enumerate(row) if i == config.image_token_id and (k == 0 or row[k - 1] != i)]
+        starts = [k for k, i in enumerate(row) if i == token and (k == 0 or row[k - 1] != i)]
         whole = row[starts[-1] - 1] if starts else None  # the marker: what stands before the last view of a row
         begun = 0
         for k, start in enumerate(starts):
             end = starts[k + 1] if k + 1 < len(starts) else len(row)
-            begun += row[start:end].count(config.image_token_id)
+            begun += row[start:end].count(token)
             if row[start - 1] == whole:
                 counts.append(begun)
                 begun = 0

@@ -41,6 +41,20 @@ def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int
     return found
 
 
+def image_counts(model: Any, given: Mapping[str, Any], ids: Any) -> list[int] | None:
+    """Every picture has as many tokens as the next: nothing stands between two of them in a prompt."""
+    pictures = given.get("pixel_values")
+    count = 0 if pictures is None else len(pictures)
+    tokens = int((ids == model.config.image_token_id).sum())
+    return [tokens // count] * count if count and tokens % count == 0 else None
+
+
 LLAVA = register(
-    Host("llava", ("LlavaForConditionalGeneration",), tower_prefix=class_tokens, layouts=layouts),
+    Host(
+        "llava",
+        ("LlavaForConditionalGeneration",),
+        tower_prefix=class_tokens,
+        layouts=layouts,
+        image_counts=image_counts,
+    )
 )

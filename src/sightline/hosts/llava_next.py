@@ -14,7 +14,7 @@ from sightline.hosts.base import Host, register
 from sightline.hosts.checks import require_sizes
 from sightline.hosts.geometry import Layout
 from sightline.hosts.llava import class_tokens
-from sightline.hosts.views import anyres_views
+from sightline.hosts.views import anyres_counts, anyres_views
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
@@ -37,6 +37,7 @@ LLAVA_NEXT = register(
         ("LlavaNextForConditionalGeneration",),
         tower_prefix=class_tokens,
         layouts=layouts,
+        image_counts=anyres_counts,
         views=anyres_views,
     )
 )

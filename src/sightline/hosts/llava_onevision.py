@@ -18,7 +18,7 @@ from sightline.hosts.canvas import Canvas
 from sightline.hosts.checks import require_count, require_sizes
 from sightline.hosts.geometry import Layout
 from sightline.hosts.llava import class_tokens
-from sightline.hosts.views import anyres_views, shrunk_frames, shrunk_video_views
+from sightline.hosts.views import anyres_counts, anyres_views, shrunk_frames, shrunk_video_views
 
 
 def layouts(processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]], model: Any) -> list[Layout]:
@@ -77,6 +77,7 @@ LLAVA_ONEVISION = register(
         ("LlavaOnevisionForConditionalGeneration",),
         tower_prefix=class_tokens,
         layouts=layouts,
+        image_counts=anyres_counts,
         views=anyres_views,
         video_views=shrunk_video_views,
         video=True,

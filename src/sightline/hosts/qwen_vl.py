@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,21 +133,5 @@ QWEN2_VL = register(
     )
 )
 QWEN2_5_VL = register(
-    Host(
-        "qwen2_5_vl",
-        ("Qwen2_5_VLForConditionalGeneration",),
-        tower="model.visual",
-        tower_layers="blocks",
-        tower_attention="attn",
-        projector="model.visual.merger",
-        layouts=layouts,
-        video=True,
-        video_token="video_token_id",
-        frame_counts=frame_counts,
-        frame_layouts=frame_layouts,
-        tower_order=window_order,
-        views=packed_views,
-        video_views=packed_video_views,
-        merged=True,
-    )
+    replace(QWEN2_VL, name="qwen2_5_vl", classes=("Qwen2_5_VLForConditionalGeneration",), tower_order=window_order)
 )

@@ -76,6 +76,13 @@ def anyres_views(model: Any, given: Mapping[str, Any], tower: tuple[int, int], t
     ]
 
 
+def anyres_counts(model: Any, given: Mapping[str, Any], ids: Any) -> list[int] | None:
+    """Visual tokens of every picture of a forward with pictures: nothing stands between two of them in a prompt."""
+    if given.get("pixel_values") is None or given.get("image_sizes") is None:
+        return None
+    return [len(layout) for layout in anyres_views(model, given, (0, 0), 0)]
+
+
 @lru_cache
 def _anyres(size: tuple[int, int], alone: bool, pinpoints: tuple, tile: int, patch: int, most: int | None) -> Layout:
     if not alone:

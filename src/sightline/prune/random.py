@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sightline.catalog import Paper, check_parameters, param, system
+from sightline.catalog import check_parameters, param, system
 from sightline.engine.select import Keep, best_in_parts
 from sightline.engine.system import Site
 from sightline.prune.parts.budget import per_view
@@ -24,7 +24,7 @@ from sightline.prune.parts.tower import Chooser
 @system(
     "random",
     kind="prune",
-    paper=Paper("Dropping visual tokens at random: a baseline, without a paper", "others", "baseline", 2026),
+    paper=None,
     summary="drops visual tokens at random under a seed: the baseline that every reducer must beat",
 )
 @dataclass(frozen=True)

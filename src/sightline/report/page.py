@@ -140,6 +140,7 @@ def _panel(look: Look, run: Run, scan: Heads, found: list[WordSummary]) -> dict[
         "tau": run.tau,
         "sinks": layers,
         "has_sinks": any(layer["visual"] or layer["text"] for layer in layers),
+        "has_phi": any(layer["largest_phi"] for layer in layers),  # a maximum over the sink dimensions: 0 without any
         "centric": [(i, h, scan.mass[i, h], scan.sink_share[i, h]) for i, h in scan.largest(12)],
         "centric_count": int(scan.centric.sum()),
         "did": flat(plain(run.notes)),

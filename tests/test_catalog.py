@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import pytest
@@ -206,6 +207,15 @@ def test_bibtex():
         if entry.paper is not None:
             written = entry.bibtex()
             assert written.count("{") == written.count("}")
+
+
+@pytest.mark.parametrize("slug", sorted(catalog.load_all()))
+def test_every_system_stands_in_its_family_s_name_space(slug):
+    """`sightline card` tells people to write sl.KIND.CLASS."""
+    entry = catalog.entry(slug)
+    family = import_module(f"sightline.{entry.kind}")
+    assert getattr(family, entry.cls.__name__) is entry.cls
+    assert entry.cls.__name__ in family.__all__
 
 
 def test_a_baseline_has_no_paper_to_cite():

@@ -43,6 +43,9 @@ def load(
 ) -> LVLM:
     """Load a vision-language model and its processor, in eval mode.
 
+        lvlm = sl.load("tiny")
+        lvlm.ask("photo.jpg", "Is there a dog?", systems=[sl.steer.VAR()])
+
     Args:
         name: "tiny" (bundled), a folder written by `save_pretrained`, or a Hub id.
         device: "cpu", "cuda", "cuda:N" or "mps"; by default the best one present.

@@ -114,6 +114,9 @@ def look(
 ) -> Look:
     """Ask a model about a picture, without and with systems, and keep what it looked at.
 
+        seen = sl.look("photo.jpg", "Is there a dog?", systems=[sl.steer.VAR()])
+        seen.runs[1].answer, seen.save("out")
+
     Args:
         image: path, PIL image or array; the path of an animation or a folder of frames, or a `Clip`, is a video, which the
             report shows frame beside frame; None: the bundled example.

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 def attach(model: nn.Module, *systems: System, host: Host | ViTHost | None = None) -> Attachment:
     """Put systems on a model; they act in the given order until `detach(model)` or the end of the `with` block.
 
-        with sl.attach(model, sl.steer.VAR()) as attached:
-            model.generate(**inputs)
-        attached.report()
+        lvlm = sl.load("tiny")                       # or any transformers model and its own inputs
+        inputs = lvlm.inputs("photo.jpg", "Is there a dog?")
+        with sl.attach(lvlm.model, sl.steer.VAR(p=0.4)) as attached:
+            ids = lvlm.model.generate(**inputs, max_new_tokens=32)
+        attached.report()                            # {"var": {"rows_edited": ...}}
 
     Args:
         model: a transformers vision-language model, or a plain vision transformer (transformers or timm).

@@ -59,6 +59,7 @@ def test_tune(invoke, tmp_path):
         (["--batch-size", "0"], ParameterError, "batch_size=0"),
         (["--on", "pope:/nowhere.json"], InputError, "cannot read"),
         (["--max-new-tokens", "0"], ParameterError, "max_new_tokens=0"),
+        (["--answers", "offical"], UnknownNameError, "no answer rule 'offical': did you mean official"),
         (["--rounds", "0"], ParameterError, "rounds=0"),
         (["--ray-workers", "2"], ParameterError, "add --ray auto"),
     ],

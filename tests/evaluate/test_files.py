@@ -191,7 +191,10 @@ def test_our_own_export_is_read(tmp_path):
         (json.dumps(ROWS)[:-9], "damaged or cut off"),
         ("[1, 2]", "entry 1 is no JSON object"),
         ('{"caption": "a dog"}', "question 1 has no 'label': it has caption"),
-        (json.dumps([{**ROWS[0], "label": "maybe"}]), "'maybe'"),
+        (
+            json.dumps([ROWS[0], {**ROWS[1], "label": "maybe"}]),
+            r"p.json', question 2: label 'maybe' is neither yes nor no",
+        ),
         (json.dumps([ROWS[0], ROWS[0]]), "1 ids occur more than once, for example '1'"),
         ("[]", "no questions"),
     ],

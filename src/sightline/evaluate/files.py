@@ -122,12 +122,10 @@ def pope(
         rows, album = read_rows(path), Album(images or path.parent / "images")
     splits: dict[str, list[Item]] = {}
     for number, row in enumerate(rows, 1):
-        label = str(_first(row, LABEL_KEYS, path, number))
-        check_labels([label])
+        truth = _truth(row, path, number)
         given = next((row[key] for key in ID_KEYS if row.get(key) is not None), number)
         question = str(_first(row, QUESTION_KEYS, path, number)).replace("<image>", "").strip()
         image = str(_first(row, IMAGE_KEYS, path, number))
-        truth = "yes" if label.strip().lower().startswith("y") else "no"
         splits.setdefault(str(row.get("category") or ""), []).append(Item(str(given), image, question, truth))
     return [_pope_task(path, split, items, album, n, seed, rule) for split, items in (splits or {"": []}).items()]
 
@@ -219,10 +217,18 @@ def _mme_item(path: Path, number: int, row: Mapping[str, Any]) -> Item:
     task = str(_first(row, ("category",), path, number + 1))
     if task not in MME_TASKS:
         raise InputError(f"{str(path)!r}, question {number + 1}: {task!r} is no subtask of MME")
-    label = str(_first(row, LABEL_KEYS, path, number + 1)).strip().lower()
-    check_labels([label])
+    label = _truth(row, path, number + 1)
     question = _mme_question(str(_first(row, QUESTION_KEYS, path, number + 1)))
     return Item(f"{task}/{number}", row["image"], question, label, {"task": task})
+
+
+def _truth(row: Mapping[str, Any], path: Path, number: int) -> str:
+    """The answer of question `number` of a file: "yes" or "no"."""
+    label = str(_first(row, LABEL_KEYS, path, number))
+    try:
+        return "yes" if check_labels([label])[0] else "no"
+    except InputError:
+        raise InputError(f"{str(path)!r}, question {number}: label {label!r} is neither yes nor no") from None
 
 
 def _mme_question(text: str) -> str:

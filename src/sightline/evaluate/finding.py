@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sightline.errors import InputError, UnknownNameError, nearest
 from sightline.evaluate import files, world
+from sightline.evaluate.pope import check_rule
 from sightline.evaluate.task import Task
 
 SOURCES = ("scenes", "pope", "chair", "mme")
@@ -35,11 +36,12 @@ def find(
         skip_missing: leave out questions whose picture is not there, instead of stopping.
 
     Raises:
-        UnknownNameError: no such source or task. InputError: a file cannot be used, or pictures are missing.
+        UnknownNameError: no such source, task or rule. InputError: a file cannot be used, or pictures are missing.
     """
     source, _, rest = on.partition(":")
     if source not in SOURCES:
         raise UnknownNameError(f"no task source {source!r}: {nearest(source, list(SOURCES))}, as in scenes:pope")
+    check_rule(rule)
     if source == "scenes":
         return world.build(rest or "pope", 600 if n is None else n, seed, split, size, rule)
     if not rest:

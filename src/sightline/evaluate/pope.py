@@ -33,17 +33,22 @@ SHARES = (
 _CLEAR = re.compile(r"\b(yes|no|not)\b|n't", re.IGNORECASE)
 
 
+def check_rule(rule: str) -> None:
+    """UnknownNameError, with the nearest known one, unless `rule` is a way to read answers."""
+    if rule not in RULES:
+        raise UnknownNameError(f"no answer rule {rule!r}: {nearest(str(rule), list(RULES))}")
+
+
 def says_yes(answer: str, rule: str = "official", label: bool = True) -> bool:
     """How an answer is read; `label` (truth) matters to the rule "vcd" only. UnknownNameError for another rule."""
+    check_rule(rule)
     if rule == "official":
         words = answer.split(".")[0].replace(",", "").split(" ")
         return not any(word in ("No", "no", "not") for word in words)
     if rule == "vista":
         words = answer.replace(".", "").replace(",", "").split(" ")
         return not any(word in ("No", "not", "no", "NO") or word.endswith("n't") for word in words)
-    if rule == "vcd":
-        return "yes" in answer.lower() if label else "no" not in answer.lower()
-    raise UnknownNameError(f"no answer rule {rule!r}: {nearest(str(rule), list(RULES))}")
+    return "yes" in answer.lower() if label else "no" not in answer.lower()
 
 
 def is_unclear(answer: str) -> bool:

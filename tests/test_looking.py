@@ -118,6 +118,11 @@ def test_systems_are_a_list() -> None:
             sl.look(systems=wrong)
 
 
+def test_a_model_is_a_name_or_loaded() -> None:
+    with pytest.raises(ParameterError, match=r"model of type Linear: give what `sl\.load` returns"):
+        sl.look(model=torch.nn.Linear(1, 1))
+
+
 def test_whole_maps_too_large_are_refused_before_the_work() -> None:
     lvlm = tiny()
     recorder = sl.record(maps=True, limit_mb=0.01)

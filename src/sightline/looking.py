@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sightline.errors import SightlineWarning
+from sightline.errors import ParameterError, SightlineWarning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,6 +148,8 @@ def look(
     question = DEFAULT_QUESTION if question is None else question
     clip = open_clip(image) if is_clip(image) else None
     picture = open_image(image) if clip is None else clip.frames[0]
+    if not isinstance(model, LVLM | str):
+        raise ParameterError(f"model of type {type(model).__name__}: give what `sl.load` returns, or a name")
     lvlm = model if isinstance(model, LVLM) else load(model, device=device, dtype=dtype, **loading)
     inputs = lvlm.inputs(picture if clip is None else clip, question)
     frames = (picture,) if clip is None else clip.frames

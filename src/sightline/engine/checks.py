@@ -23,7 +23,7 @@ def check_model(model: Any) -> None:
         raise ParameterError(f"attach(model, *systems): the model comes first, then {_short(model)}")
     if isinstance(getattr(model, "model", None), nn.Module) and not isinstance(model, nn.Module):
         raise ParameterError(
-            f"attach(model, *systems): a {type(model).__name__} is not the model itself: give its .model"
+            f"attach(model, *systems): {type(model).__name__} is not the model itself: give its .model"
         )
     if not isinstance(model, nn.Module):
         raise ParameterError(
@@ -84,8 +84,8 @@ def _mend(given: Any) -> str:
 
 
 def _short(given: Any) -> str:
-    """What was given, on one short line: the printout of a model fills pages."""
-    if isinstance(given, nn.Module):
+    """What was given, on one short line: the printouts of models and processors fill pages."""
+    text = repr(given)
+    if isinstance(given, nn.Module) or "\n" in text:
         return type(given).__name__
-    text = " ".join(repr(given).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,20 +1,18 @@
 """What second streams cost on `generate`: interleaved rounds on one random LLaVA-shaped model, ratios of medians to plain.
 
-    python -m benchmarks.decode [--rounds 7] [--device cpu|cuda] [--layers 8] [--new 32] [--json out.json]
+    python -m benchmarks.decode [--rounds 5] [--only lqcd,vdgd] [--apart] [--new 32] [--layers 8] [--device cpu] [--json out.json]
 
-Model and prompt are those of `benchmarks.lvlm`. Each system is timed as it runs by default (one forward for both streams)
-and with two forwards per token. VDGD writes a description of 16 tokens first, which is part of its time. AGLA's matcher is
-left out of it: it is another model, run once per picture.
+Model and prompt are those of `benchmarks.lvlm`. Each system is timed as it runs by default (one forward for both streams
+where it acts nowhere else), with `--apart` also with two forwards per token. `--json` keeps the rows of earlier calls. VDGD
+writes a description of 16 tokens first, which is part of its time. AGLA's matcher is left out of it: it is another model,
+run once per picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,16 +20,18 @@ import torch
 from PIL import Image
 
 import sightline as sl
-from benchmarks.lvlm import make_inputs, make_model, rounds
-from sightline.decode import AGLA, DAMRO, LQCD, VDGD
+from benchmarks.lvlm import NEW, chosen, make_inputs, make_model, ratios, rounds, show
+from sightline.decode import AGLA, DAMRO, LQCD, VDGD, VASparse
 from sightline.engine import joined
 from sightline.engine.prompts import note
+from sightline.engine.system import System
 
-SYSTEMS = {
+SYSTEMS: dict[str, System] = {
     "damro": DAMRO(beta=0.0),
     "agla": AGLA(beta=0.0),
     "lqcd": LQCD(beta=0.0),
     "vdgd": VDGD(alpha=0.0, description_tokens=16),
+    "vasparse": VASparse(beta=0.0),
 }
 
 
@@ -61,16 +61,19 @@ def noted(inputs: dict, extra: int = 8) -> dict:
 
 
 def main() -> None:
+    """Run and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--new", type=int, default=NEW)
+    parser.add_argument("--only", help="names separated by commas")
+    parser.add_argument("--apart", action="store_true", help="also with two forwards per token")
+    parser.add_argument("--json")
     given = parser.parse_args()
     model, inputs = make_model(given.layers, given.device), noted(make_inputs(given.device))
 
-    def task(system: object = None, around: Callable = nullcontext) -> Callable[[], object]:
+    def task(system: System | None = None, around: Callable = nullcontext) -> Callable[[], object]:
         def run() -> None:
             with torch.no_grad(), around(), sl.attach(model, *([system] if system else [])):
                 model.generate(**inputs, max_new_tokens=given.new, do_sample=False)
@@ -78,18 +81,11 @@ def main() -> None:
         return run
 
     tasks = {"plain": task()}
-    for name, system in SYSTEMS.items():
-        tasks |= {name: task(system), f"{name}, two forwards": task(system, apart)}
-    times = rounds(tasks, given.rounds, given.device)
-    plain = statistics.median(times["plain"])
-    found = {name: statistics.median(t) / plain for name, t in times.items()}
-    print(f"plain {plain:.3f} s")
-    for name, ratio in found.items():
-        print(f"{name:22} {ratio:.2f}x")
-    if given.json:
-        given.json.write_text(
-            json.dumps({"plain_s": plain, "ratio": found, "settings": vars(given) | {"json": None}}, indent=1)
-        )
+    for name in chosen(given.only, list(SYSTEMS)):
+        tasks[name] = task(SYSTEMS[name])
+        if given.apart:
+            tasks[f"{name}, two forwards"] = task(SYSTEMS[name], apart)
+    show(ratios(rounds(tasks, given.rounds, given.device)), given.json)
 
 
 if __name__ == "__main__":

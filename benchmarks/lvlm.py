@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ import transformers as tf
 import sightline as sl
 from benchmarks.reference import naive_var
 from sightline.engine.attention import Call, Edit, attend
+from sightline.errors import UnknownNameError, nearest
 from sightline.evaluate.peak import live_bytes
 from sightline.steer.var import VAR, factors, group_members
 
@@ -85,6 +86,38 @@ def rounds(tasks: dict[str, Callable[[], object]], count: int, device: str) -> d
                 seconds[name].append(time.perf_counter() - begin)
         print(f"round {i}/{count}", {n: round(s[-1], 2) for n, s in seconds.items() if s}, file=sys.stderr)
     return seconds
+
+
+def chosen(only: str | None, known: Sequence[str]) -> list[str]:
+    """The names in `only`, separated by commas; None: all. UnknownNameError names the nearest."""
+    names = list(known) if only is None else [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(f"nothing here is called {name!r}: {nearest(name, list(known))}")
+    return names
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Of every task: median seconds, their ratio to the median of "plain", and the median distance of the rounds' ratios."""
+    base = seconds["plain"]
+    middle = statistics.median(base)
+    found = {}
+    for name, mine in seconds.items():
+        ratio = statistics.median(mine) / middle
+        spread = statistics.median(abs(a / b - ratio) for a, b in zip(mine, base, strict=True))
+        found[name] = {"seconds": statistics.median(mine), "plain": middle, "ratio": ratio, "spread": spread,
+                       "rounds": len(mine)}  # fmt: skip
+    return found
+
+
+def show(found: dict[str, dict[str, float]], path: str | None) -> None:
+    """Print the rows and keep them in `path`, beside what earlier calls with other names left there."""
+    print(f"\n{'generate':28s} {'seconds':>8s} {'plain':>8s} {'ratio':>6s} {'+-':>6s}")
+    for name, row in found.items():
+        print(f"{name:28s} {row['seconds']:8.2f} {row['plain']:8.2f} {row['ratio']:6.2f} {row['spread']:6.2f}")
+    if path:
+        file = Path(path)
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | found, indent=1))
 
 
 def generate_costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from sightline.engine.prefix import plain_cache
 from sightline.engine.tokens import Role
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def fits(stream: Stream, cache: Any, kwargs: Mapping[str, Any]) -> bool:
     others = {k: v for k, v in kwargs.items() if k not in SHARED}
     if any(isinstance(v, (torch.Tensor, dict)) or (k.startswith("output_") and v) for k, v in others.items()):
         return False
-    return cache in caches or (_plain(cache) and _plain(stream.cache))
+    return cache in caches or (plain_cache(cache) and plain_cache(stream.cache))
 
 
 def join(sequence: Sequence, stream: Stream, cache: Any) -> None:
@@ -88,14 +89,6 @@ def split(sequence: Sequence, stream: Stream, cache: Any) -> None:
     if stream.mask is not None:
         stream.mask = stream.mask[stream.mask.shape[0] // 2 :, stream.shift :]
     stream.cache, sequence.shift, stream.shift = other, 0, 0
-
-
-def _plain(cache: Any) -> bool:
-    """A dynamic cache that keeps every token of every layer."""
-    layers = getattr(cache, "layers", [])
-    lengths = {layer.get_seq_length() for layer in layers if type(layer).__name__ == "DynamicLayer"}
-    kinds = {type(layer).__name__ for layer in layers}
-    return kinds == {"DynamicLayer"} and len(lengths) == 1 and not getattr(cache, "offloading", False)
 
 
 def _below(first: Tensor, second: Tensor, width: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sightline.engine.prefix import ALONG, Prefix
 from sightline.engine.tokens import Role
 from sightline.errors import InputError
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
     from sightline.engine.tokens import Tokens
 
-ALONG = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # (B, N) arguments, one value per token
+
+CACHES = {"cache", "past_key_values"}  # the name of the argument, since transformers 5.24 and before
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Prompt:
     tokens: Tokens  # its ledger before any cut
     pixels: Tensor | None  # that were encoded for it, where known
     reuse: bool  # encoded pictures may serve another prompt, for no system acts in the tower
+    prefix: Prefix | None = None  # its cache, where other prompts about the same pictures may go on from it
+    _same: list[Tensor] = field(default_factory=list, repr=False)  # ids of other prompts about the same pictures
 
     @property
     def note(self) -> Note:
@@ -126,7 +130,28 @@ class Prompt:
         if pictures is None and self.reuse and self.repeats == 1 and encoded and encoded.get("image") is not None:
             inputs.pop("pixel_values", None)
             inputs["mm_encoder_outputs"] = {"image": encoded["image"]}
-        return {k: _like(v, self.given["input_ids"].device, self.model.dtype) for k, v in inputs.items()}
+        inputs = {k: _like(v, self.given["input_ids"].device, self.model.dtype) for k, v in inputs.items()}
+        if pictures is None:
+            self._same.append(inputs["input_ids"])
+        return inputs
+
+    def blind(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` for the words of inputs of `ask` alone; a host's own markers around pictures stay."""
+        ids = inputs["input_ids"]
+        places = self.given["input_ids"][self.tokens.visual].unique()
+        real = inputs.get("attention_mask", torch.ones_like(ids)).bool() & ~torch.isin(ids, places)
+        columns = real.int().argsort(dim=1, stable=True)[
+            :, -int(real.sum(1).max()) :
+        ]  # padding, then the words in order
+        kept = real.gather(1, columns)
+        words = ids.gather(1, columns).masked_fill(~kept, self._pad_token())
+        return {"input_ids": words, "attention_mask": kept.long()}
+
+    def begun(self, inputs: Mapping[str, Any], copies: int = 1) -> dict[str, Any] | None:
+        """Arguments of `generate` for inputs of `ask`, every row `copies` times, that need not be read from their start."""
+        if self.prefix is None or not any(inputs["input_ids"] is ids for ids in self._same):
+            return None
+        return self.prefix.resume(self.model, inputs, copies)
 
     def pick(self, columns: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of `generate` for the same prompt with some tokens only.
@@ -171,9 +196,19 @@ class Prompt:
         with torch.no_grad():
             return encoder(**{n: self.given[n] for n in names}, return_dict=True)
 
-    def write(self, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[list[str], list[Tensor]]:
-        """What the model answers, greedily, to inputs of `ask`: per row its text and its raw logits (n, V)."""
-        out = generate(self.model, inputs, max_new_tokens=max_new_tokens)
+    def write(
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[list[str], list[Tensor]]:
+        """What the model answers, greedily, to inputs of `ask`: per row its text and its raw logits (n, V).
+
+        Args:
+            weigh: makes of the scores (B, V) of every token those that it is chosen by.
+        """
+        inputs = self.begun(inputs) or inputs
+        out = generate(self.model, inputs, max_new_tokens=max_new_tokens, weigh=weigh)
         ids = out.sequences[:, -len(out.logits) :]  # (B, T)
         ends = self.model.generation_config.eos_token_id
         ends = torch.as_tensor([] if ends is None else ends, device=ids.device, dtype=ids.dtype).view(-1)
@@ -188,8 +223,13 @@ class Prompt:
         """What the model scores while it is made to write a given text after inputs of `ask`: as `write`."""
         tokenizer, rows = self.note.processor.tokenizer, inputs["input_ids"].shape[0]
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].expand(rows, -1)
-        out = generate(self.model, inputs, max_new_tokens=ids.shape[1], forced=ids.to(inputs["input_ids"].device))
+        forced = ids.to(inputs["input_ids"].device)
+        out = generate(self.model, self.begun(inputs) or inputs, max_new_tokens=ids.shape[1], forced=forced)
         return [text] * rows, list(torch.stack(out.logits, 1))
+
+    def scores(self, inputs: Mapping[str, Any]) -> Tensor:
+        """(B, V) raw logits of the next token behind inputs of `ask`."""
+        return generate(self.model, inputs, max_new_tokens=1).logits[0]
 
     def _pad_token(self) -> int:
         for config in (getattr(self.model, "generation_config", None), self.model.config.get_text_config()):
@@ -219,12 +259,14 @@ def generate(
     max_new_tokens: int,
     copies: int = 1,
     forced: Tensor | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """Generation with a cache of its own and raw logits, whatever the model's own configuration says.
 
     Args:
         copies: how often every row is read; with more than one the new tokens are drawn, else they are the likeliest.
         forced: (B, T) token ids to write instead, ends and all.
+        weigh: makes of every token's scores (B, V) those that it is chosen by; the raw ones are returned all the same.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -234,11 +276,11 @@ def generate(
         num_beams=1,
         num_return_sequences=copies,
         use_cache=True,
-        cache_implementation="dynamic",
+        cache_implementation=None if CACHES & inputs.keys() else "dynamic",
         return_dict_in_generate=True,
         output_logits=True,
     )
-    chosen = []
+    chosen = [] if weigh is None else [lambda ids, scores: weigh(scores)]
     if forced is not None:
         chosen.append(_Forced(forced, inputs["input_ids"].shape[1]))
         config.eos_token_id = 2**31 - 1  # no token: nothing ends before the text does

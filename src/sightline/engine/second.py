@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from sightline.engine import joined
+from sightline.engine.prefix import Prefix, counted, plain_cache
 from sightline.engine.prompts import Prompt, generate
 from sightline.engine.sequences import KEY, Sequence, given_cache, made_cache
 from sightline.engine.tokens import Role
@@ -144,30 +145,44 @@ class SecondStreams:
         mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         tokens = owner.sequences.ledger(given, ids, mask)
         pixels = None if sequence.pictures is None else sequence.pictures.pixels
-        prompt = Prompt(owner.model, given, tokens, pixels, reuse=not changed)
+        prompt = Prompt(owner.model, given, tokens, pixels, not changed, self._prefix(sequence, given, cache))
         site = owner.site(worker)
         with self._aside():
             inputs = owner.workers[worker].system.second(site, prompt)
         if inputs is None:
             return None
-        logits, stream = self._read(inputs, rows // inputs["input_ids"].shape[0], cached=cache is not None)
+        logits, stream = self._read(prompt, inputs, rows // inputs["input_ids"].shape[0], cached=cache is not None)
         sequence.seconds[worker] = stream
         if cache is not None:
             cache.reorder_cache, cache.crop = _Both(cache, "reorder_cache"), _Both(cache, "crop")
         return logits
 
-    def _read(self, inputs: Mapping[str, Any], repeats: int, cached: bool) -> tuple[Tensor, Stream]:
+    def _prefix(self, sequence: Sequence, given: Mapping[str, Any], cache: Any) -> Prefix | None:
+        """The prompt just read as a beginning of others, where nothing in the model tells the two streams apart."""
+        ids, real = given["input_ids"], sequence.tokens.role != int(Role.PAD)
+        if not all(w.stations <= {"second"} for w in self.owner.workers):
+            return None
+        if not plain_cache(cache) or cache.get_seq_length() != ids.shape[1] or not bool(real[:, -1].all()):
+            return None
+        if not counted(given.get("position_ids"), real):
+            return None
+        places = {self.owner.sequences.image_token, self.owner.sequences.video_token} - {None}
+        return Prefix(ids, sequence, cache, frozenset(places))
+
+    def _read(self, prompt: Prompt, inputs: Mapping[str, Any], repeats: int, cached: bool) -> tuple[Tensor, Stream]:
         """Read a whole prompt, every row `repeats` times."""
         stream = Stream(inputs, repeats)
         with self._aside(), torch.no_grad():
-            out = generate(self.owner.model, inputs, max_new_tokens=1, copies=repeats)
+            begun = prompt.begun(inputs, repeats) if cached else None
+            read, copies = (inputs, repeats) if begun is None else (begun, 1)
+            out = generate(self.owner.model, read, max_new_tokens=1, copies=copies)
             position = self.owner.given.get("position_ids")
         if cached:
-            mask = inputs.get("attention_mask")
-            stream.cache, stream.length = made_cache(out), inputs["input_ids"].shape[1]
+            mask = read.get("attention_mask")
+            stream.cache, stream.length = made_cache(out), read["input_ids"].shape[1]
             stream.position = None if position is None else position[..., -1:] + 1  # (..., B, 1)
             if mask is not None and not bool(mask.all()):
-                stream.mask = mask.repeat_interleave(repeats, 0)
+                stream.mask = mask.repeat_interleave(copies, 0)
         return out.logits[0].float(), stream
 
     def _again(self, stream: Stream, new: Tensor) -> Tensor:

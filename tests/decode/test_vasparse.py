@@ -101,3 +101,44 @@ def test_it_names_what_it_cannot_run_with(tiny) -> None:
         sl.attach(tiny("llava").model, VASparse(), LQCD())
     with pytest.raises(ParameterError, match="sparse_layer"):
         sl.attach(tiny("llava").model, VASparse(sparse_layer=40))
+
+
+@pytest.mark.parametrize("dola", [True, False])
+def test_as_released_by_hand(dola, tiny) -> None:
+    """The last layer's scores against the head on the last token's embedding, step by step, in a padded batch."""
+    host = tiny("llava")
+    system = VASparse(mode="release", alpha=0.3, beta=0.2, dola=dola)
+    with sl.attach(host.model, system):
+        ids, scores = generate(host.model, inputs(host))
+    prompt = inputs(host)["input_ids"].shape[1]
+    with torch.no_grad():
+        for step in range(scores.shape[1]):
+            read = ids[:, : prompt + step]
+            mask = torch.nn.functional.pad(inputs(host)["attention_mask"], (0, step), value=1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            given = {**inputs(host), "input_ids": read, "attention_mask": mask}
+            last = host.model(**given, position_ids=positions).logits[:, -1]
+            embedded = host.model.lm_head(host.model.get_input_embeddings()(read[:, -1]))
+            if dola:
+                wanted = last.log_softmax(-1) - embedded.log_softmax(-1) - 0.3 * embedded
+                kept = last.softmax(-1) >= 0.2 * last.softmax(-1).amax(-1, keepdim=True)
+                wanted = wanted.masked_fill(~kept, -torch.inf).log_softmax(-1)
+            else:
+                wanted = (last - 0.3 * embedded).log_softmax(-1)
+            assert torch.equal(scores[:, step].isfinite(), wanted.isfinite())
+            here = wanted.isfinite()
+            assert_close(f"step {step}", scores[:, step][here], wanted[here], 2e-5)
+
+
+def test_as_released_without_strength_is_the_host(tiny) -> None:
+    host = tiny("gemma3")
+    plain = generate(host.model, inputs(host))
+    with sl.attach(host.model, VASparse(mode="release", alpha=0.0, dola=False)):
+        found = generate(host.model, inputs(host))
+    assert torch.equal(found[1], plain[1])
+    with sl.attach(host.model, VASparse(mode="release", alpha=0.0, beta=1e-9)):
+        found = generate(host.model, inputs(host))
+        again = generate(host.model, inputs(host), num_beams=3)
+        without = generate(host.model, inputs(host), num_beams=3, use_cache=False)
+    assert (found[1] - plain[1]).abs().max() > 1e-3
+    assert torch.equal(again[0], without[0])

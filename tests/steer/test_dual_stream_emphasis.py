@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import sightline as sl
+from sightline.engine.sequences import made_cache
 from sightline.errors import HostError, InputError, ParameterError
 from sightline.hosts import find, get, layouts, prefix, tower_positions
 from sightline.steer.dual_stream_emphasis import DualStreamEmphasis, emphasise, outlier_ratio, select_tokens
 from tests.engine.numerics import assert_close
 from tests.engine.toys import toy
-from tests.engine.whole import forward, generate
+from tests.engine.whole import extended, forward, generate
 from tests.steer.goldens import cases, load
 from tests.tiny_hosts import picture
 
@@ -198,3 +199,61 @@ def test_pictures_encoded_before(tiny) -> None:
 def test_towers_without_a_class_token_are_refused(tiny) -> None:
     with pytest.raises(HostError, match="class token"):
         sl.attach(tiny("gemma3").model, DualStreamEmphasis())
+
+
+def test_guidance_by_hand(tiny) -> None:
+    """Every step: the edited stream's log-probabilities against those of the same words without the picture."""
+    host = tiny("llava")
+    inputs = host.inputs(QUESTIONS, [[p] for p in PICTURES])
+    edit = {"alpha": 3.0, "beta": 2.0, "first_layer": 0}
+    with sl.attach(host.model, DualStreamEmphasis(**edit, gamma=1.6, cfg_beta=0.2)):
+        ids, found = generate(host.model, inputs)
+    for row in range(2):
+        one = host.inputs(QUESTIONS[row : row + 1], [PICTURES[row : row + 1]])
+        words = one["input_ids"][one["input_ids"] != host.model.config.image_token_id][None]
+        for step in range(found.shape[1]):
+            new = ids[row : row + 1, inputs["input_ids"].shape[1] :][:, :step]
+            with sl.attach(host.model, DualStreamEmphasis(**edit)):
+                given = extended(one, torch.cat([one["input_ids"], new], 1))
+                edited = answer_of(host.model, given, one["input_ids"].shape[1])
+            with torch.no_grad():
+                blind = host.model(input_ids=torch.cat([words, new], 1)).logits[0, -1]
+            s, u = edited.log_softmax(-1), blind.log_softmax(-1)
+            wanted = (1.6 * (s - u) + u).masked_fill(s.exp() < 0.2 * s.exp().max(), -torch.inf)
+            here = wanted.isfinite()
+            assert torch.equal(found[row, step].isfinite(), here)
+            assert_close(f"row {row} step {step}", found[row, step][here], wanted[here], 5e-5)
+
+
+def answer_of(model, given, prompt: int) -> torch.Tensor:
+    """(V,) logits of the last position, prompt first and the rest token by token, as they are generated."""
+    ids = given.pop("input_ids")
+    del given["attention_mask"]
+    with torch.no_grad():
+        out = model(input_ids=ids[:, :prompt], **given, use_cache=True)
+        for k in range(prompt, ids.shape[1]):
+            out = model(input_ids=ids[:, k : k + 1], past_key_values=made_cache(out), use_cache=True)
+    return out.logits[0, -1]
+
+
+def test_guidance_of_one_is_none(tiny) -> None:
+    host = tiny("llava")
+    inputs = host.inputs(QUESTIONS, [[p] for p in PICTURES])
+    with sl.attach(host.model, DualStreamEmphasis(alpha=1.0)):
+        plain = generate(host.model, inputs)[1]
+    assert "second" not in DualStreamEmphasis().stations()
+    with sl.attach(host.model, DualStreamEmphasis(alpha=1.0, gamma=1.0 + 1e-9, cfg_beta=0.0)):
+        found = generate(host.model, inputs)[1]
+    assert_close("log-probabilities", found, plain.log_softmax(-1), 1e-5)
+    with sl.attach(host.model, DualStreamEmphasis(alpha=0.0, beta=0.0, gamma=1.5, cfg_beta=0.0)):
+        assert (generate(host.model, inputs)[1] - plain.log_softmax(-1)).abs().max() > 1e-3
+
+
+def test_guidance_leaves_rows_without_pictures_alone(tiny) -> None:
+    host = tiny("llava")
+    inputs = host.inputs(QUESTIONS, [[PICTURES[0]], []])
+    plain = generate(host.model, inputs)[1]
+    with sl.attach(host.model, DualStreamEmphasis(alpha=0.0, beta=0.0, gamma=1.5)):
+        found = generate(host.model, inputs)[1]
+    assert torch.equal(found[1], plain[1])
+    assert not torch.equal(found[0], plain[0])

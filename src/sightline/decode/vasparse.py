@@ -12,14 +12,21 @@ Three parts, in every decoder layer with attention a, averaged over heads; I the
     c_j   = r_j of a text token relative to the mean of the row's text tokens
     a'_qj = a_qj / max(c_j, 1)^penalty         for generated tokens q, rows summing to 1 again: sinks on text weaken
 
-Against the official code and paper: (1) the released run does none of this: as shipped it stops with an unbound name, and
-repaired it contrasts the last layer with the head applied to the last token's embedding. Its score function (`relation`,
-`score`, `keep_mask`) is the one here, to the number. (2) The paper's formulas for the contrast and the penalty are given
-from memory of the paper; the penalty's growth is this library's. (3) The paper leaves the sparse pass early at a chosen
-layer; here it runs to the last, as a second stream. (4) The optional gate by an object detector, the prior P that needs it
-and the merging of generated tokens are left out. (5) The draw is the same for every row and every run (`seed`).
+`mode="release"` is what the released run does once its unbound flag is mended. With L_0 (B, V) the output head applied to the
+embedding of the last token read, and s = log_softmax:
 
-Cost: the probe of the text's rows at prefill, a second prefill, and two forwards per token, one of them with fewer tokens.
+    K     = {v : s(L)_v >= max s(L) + log beta}
+    L*    = log_softmax(s(L) - s(L_0) - alpha L_0) on K, -inf elsewhere        `dola=False`: log_softmax(L - alpha L_0), all v
+
+Against the official code and paper: (1) the released run drops no token: its sparse pass returns before the first layer, and
+its score function (`relation`, `score`, `keep_mask`), which is the one here to the number, is not reached. (2) The paper's
+formulas for the contrast and the penalty are given from memory of the paper; the penalty's growth is this library's. (3) The
+paper leaves the sparse pass early at a chosen layer; here it runs to the last, as a second stream. (4) The optional gate by
+an object detector and the prior P that needs it are left out; so is the merging of generated tokens, which a global counter
+confines to layer 0 in the release. (5) The draw is the same for every row and every run (`seed`).
+
+Cost: the probe of the text's rows at prefill, a second prefill, and two forwards per token, one of them with fewer tokens;
+as released one more product with the output head per token.
 """
 
 from __future__ import annotations
@@ -33,10 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.catalog import Paper, check_parameters, param, system
-from sightline.decode.contrast import weigh
+from sightline.decode.contrast import plausible, weigh
 from sightline.engine.attention import Edit, Probe
 from sightline.engine.prompts import Prompt
 from sightline.engine.select import Keep, best
+from sightline.engine.streams import last_real
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
 from sightline.errors import ParameterError
@@ -71,6 +79,23 @@ def sink_bias(received: Tensor, text: Tensor, penalty: float) -> Tensor:
     return -penalty * relative.clamp(min=1).log().masked_fill(~text, 0.0)
 
 
+def released(logits: Tensor, embedded: Tensor, *, alpha: float = 0.1, beta: float = 0.1, dola: bool = True) -> Tensor:
+    """(B, V) log-probabilities as released: scores of the last layer against those of the last token's embedding.
+
+    Args:
+        logits, embedded: (B, V) output head on the last layer's state and on the embedding of the last token read.
+        alpha, beta: the code's `contrastive_rate` and `relative_top`. dola: its flag `DoLa_is_layer`.
+    """
+    if not dola:
+        return (logits - alpha * embedded).log_softmax(-1)
+    difference = logits.log_softmax(-1) - embedded.log_softmax(-1)
+    return (
+        (difference - alpha * embedded)
+        .masked_fill(~plausible(logits.log_softmax(-1), beta), -torch.inf)
+        .log_softmax(-1)
+    )
+
+
 @system(
     "vasparse",
     kind="decode",
@@ -90,6 +115,7 @@ def sink_bias(received: Tensor, text: Tensor, penalty: float) -> Tensor:
 class VASparse(System):
     """Visual-aware sparsification, sparse contrast and sink penalty. No training; a second stream."""
 
+    mode: Literal["paper", "release"] = param("paper", "the paper's three parts, or what the released run does")
     mask_rate: float = param(
         0.5, "share of visual tokens kept, by score in the cache and at random in the contrast", low=0, high=1
     )
@@ -101,20 +127,27 @@ class VASparse(System):
         "text", "whose attention counts: text behind the picture (paper), all (code)"
     )
     seed: int = param(0, "of the random choice", low=0)
+    dola: bool = param(True, "release: subtract the embedding's log-probabilities and cut the implausible")
 
     def __post_init__(self) -> None:
         check_parameters(self)
 
+    def stations(self) -> tuple[str, ...]:
+        own = ("hidden", "logits") if self.mode == "release" else ("attention", "cache", "cut", "second")
+        return tuple(station for station in super().stations() if station in own)
+
     def idle(self) -> bool:
+        if self.mode == "release":
+            return self.alpha == 0 and not self.dola
         return self.mask_rate == 1 and self.penalty == 0 and self.beta == 0
 
     def conflicts(self, other: System) -> str | None:
-        if "second" in other.stations() and type(other) is not type(self):
+        if "second" in other.stations() and "second" in self.stations() and type(other) is not type(self):
             return "both read a second prompt, and vasparse thins every second prompt"
         return super().conflicts(other)
 
     def prepare(self, shape: Shape) -> None:
-        if self.sparse_layer >= shape.layers:
+        if self.mode == "paper" and self.sparse_layer >= shape.layers:
             raise ParameterError(
                 f"vasparse: sparse_layer={self.sparse_layer} is out of range: choose one of 1..{shape.layers - 1}"
             )
@@ -186,6 +219,19 @@ class VASparse(System):
     def contrast(self, site: Site, logits: Tensor, second: Tensor) -> Tensor:
         new = weigh(logits, second, first_weight=1 + self.alpha, second_weight=-self.alpha, beta=self.beta)
         return torch.where(site.state["seeing"], new, logits)
+
+    # -- as released ----------------------------------------------------------------------------------------------------
+
+    def hidden(self, site: Site, hidden: Tensor) -> None:
+        """Keep the embedding of the last token read."""
+        if site.layer == 0 and not site.stream:
+            rows = torch.arange(len(hidden), device=hidden.device)
+            site.state["embedding"] = hidden[rows, last_real(site.tokens) - site.start if site.prefill else -1]
+
+    def logits(self, site: Site, logits: Tensor) -> Tensor:
+        embedded = site.head(site.state["embedding"]).float()
+        new = released(logits.float(), embedded, alpha=self.alpha, beta=self.beta, dola=self.dola)
+        return torch.where(site.tokens.visual.any(1)[:, None], new.to(logits.dtype), logits)
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
         kept, seen = (float(sum(x)) for x in zip(*tally.get("kept", [(0, 0)]), strict=True))

@@ -15,18 +15,26 @@ plausible next tokens those are preferred that lie closest to some position of t
 and the score is divided by the vocabulary's size V: torch's kl_div with "batchmean" does so to a vector, which makes the
 choice among C almost uniform. Which of the two gave the published table is not known.
 
+`use_dd` debiases the description: what a text-only amateur model would write without the picture is subtracted,
+
+    L_D     = (1 + dd_alpha) E_j - dd_alpha L_text   where E_j >= log(dd_beta) + max E_j, -inf elsewhere
+
+with L_text (V,) the amateur's scores behind the description's request: as released the amateur reads the request alone, never
+what was written behind it. `amateur` names a language model with the same vocabulary; none: the model itself, without the
+picture. The E_j that are kept stay the raw ones.
+
 Against the official code: (1) the whole prefix is not run anew for every token. (2) For "min" a running minimum over j is
-kept, (B, V), for the others the sum; never (n, V). (3) `use_dd` (a description decoded against a text-only amateur model) is
-left out: it needs a second language model; `description` takes a text that any model wrote. A given text is scored by one
+kept, (B, V), for the others the sum; never (n, V). (3) `description` takes a text that any model wrote; it is scored by one
 forward of the description prompt with that text behind it. (4) The first stream still reads the question as it was asked:
 `record` shows it, and rows without a picture are answered by it.
 
-Cost: the description (a generation of its own), a second prefill, and two rows per token instead of one.
+Cost: the description (a generation of its own), a second prefill, and two rows per token instead of one; `use_dd` one more
+prompt without the picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,9 +42,10 @@ import torch
 from torch import Tensor
 
 from sightline.catalog import Paper, check_parameters, param, system
-from sightline.decode.contrast import plausible
+from sightline.decode.contrast import plausible, weigh
 from sightline.engine.prompts import Prompt
 from sightline.engine.system import Site, System
+from sightline.errors import ParameterError
 
 DESCRIBE = (
     "I have been given an image to complete the task described as: {question}\n\nTo help me complete the task, describe the "
@@ -96,6 +105,12 @@ class VDGD(System):
     temperature: float = param(0.5, "release: temperature of the nucleus", low=1e-4)
     description_tokens: int = param(1024, "longest description; 0 changes nothing", low=0)
     description: str | None = param(None, "the description, when it is given; none: the model writes it")
+    use_dd: bool = param(False, "weigh the description against a model that does not see the picture")
+    dd_alpha: float = param(1.0, "strength of that contrast", low=0)
+    dd_beta: float = param(
+        0.1, "a word of it has at least this share of the likeliest one's probability", low=0, high=1
+    )
+    amateur: str | None = param(None, "a causal language model with the same vocabulary; none: this model, blind")
 
     def __post_init__(self) -> None:
         check_parameters(self)
@@ -109,9 +124,10 @@ class VDGD(System):
             return None
         note = prompt.note
         seeing = prompt.tokens.visual.any(1)[:: prompt.repeats].tolist()
-        request = prompt.ask([DESCRIBE.format(question=question) for question in note.questions])
+        requests = [DESCRIBE.format(question=question) for question in note.questions]
+        request = prompt.ask(requests)
         if self.description is None:
-            texts, logits = prompt.write(request, self.description_tokens)
+            texts, logits = prompt.write(request, self.description_tokens, self._debias(prompt, request, requests))
         else:
             texts, logits = prompt.read(request, self.description)
         device = site.tokens.role.device
@@ -124,6 +140,30 @@ class VDGD(System):
         site.tally.setdefault("descriptions", []).extend(t for t, s in zip(texts, seeing, strict=True) if s)
         asked = zip(note.questions, texts, seeing, strict=True)
         return prompt.ask([DESCRIBED.format(description=t, question=q) if s else q for q, t, s in asked])
+
+    def _debias(
+        self, prompt: Prompt, request: Mapping[str, Any], requests: Sequence[str]
+    ) -> Callable[[Tensor], Tensor] | None:
+        """How the scores (B', V) of a description's token are weighed against the amateur's; None: not at all."""
+        if not self.use_dd or self.dd_alpha == 0 == self.dd_beta:
+            return None
+        if self.amateur is None:
+            blind = prompt.scores(prompt.blind(request))
+        else:
+            from sightline.amateur import next_scores
+
+            blind = next_scores(self.amateur, requests, prompt.tokens.role.device)
+        weights = {"first_weight": 1 + self.dd_alpha, "second_weight": -self.dd_alpha, "beta": self.dd_beta}
+
+        def weighed(scores: Tensor) -> Tensor:
+            if blind.shape[-1] != scores.shape[-1]:
+                raise ParameterError(
+                    f"amateur={self.amateur!r} has a vocabulary of {blind.shape[-1]} tokens, this model one of "
+                    f"{scores.shape[-1]}: choose a language model with the same vocabulary, or none"
+                )
+            return weigh(scores, blind.to(scores.dtype), **weights)
+
+        return weighed
 
     def contrast(self, site: Site, logits: Tensor, second: Tensor) -> Tensor:
         """The second stream's candidates by their distance to the description; the first stream's scores without one."""

@@ -15,18 +15,27 @@ the last but one: registers of the whole picture). With A_l (H, P+1, P+1) the to
 
 Where: decoder layers from 2 on, all heads, the prompt's last position and every generated one.
 
+Guidance (PAI's, off by default): a second stream reads the prompt without its pictures, and so without the edit. With s and u
+the log-probabilities (B, V) of both,
+
+    out = gamma (s - u) + u   where s >= max s + log cfg_beta, -inf elsewhere          gamma = 1: s, nothing cut
+
 Against the official code: (1) it chooses for the first picture of the process's last batch and edits every row with that;
 here every picture of every row has its own, and every tile of one (its class token's attention is a softmax of its own). (2) Its third criterion (`spatial_ratio`, 0 as released) ranks patches by the
 sum of their softmax rows, which is 1 for all: kept as an option, without its off-by-one at the class token. (3) Head
 weights, which the abstract names and no code shows, multiply alpha and beta (`head_weights`; see `explain.divergence`).
 (4) floor(P o) is taken in floating point as there: 1 outlier of 49 patches gives floor(0.99...) = 0 tokens.
-PAI itself is local_ratio=1 with beta = alpha; its classifier-free guidance belongs to the decoders.
+PAI itself is local_ratio=1 with beta = alpha, and gamma 1.1. (5) A host's own markers around a picture stay in the prompt
+without it.
 
-Cost: two class-token rows of the tower, and the edited rows' scores: O(K) per head. No N x N map.
+Cost: two class-token rows of the tower, and the edited rows' scores: O(K) per head. No N x N map. With gamma also a short
+second prompt and a second forward per token.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,8 +46,10 @@ from torch import Tensor
 from sightline.catalog import Paper, check_parameters, param, system
 from sightline.engine.attention import Edit, Probe
 from sightline.engine.pictures import columns_of
+from sightline.engine.prompts import Prompt
 from sightline.engine.streams import answering
 from sightline.engine.system import Shape, Site, System
+from sightline.engine.tokens import Role
 from sightline.errors import HostError, InputError, ParameterError
 
 
@@ -80,6 +91,19 @@ def emphasise(scores: Tensor, boost: Tensor) -> Tensor:
     return torch.cat([scores[:, :, :-1], (last + boost[:, None] * last.abs())[:, :, None]], 2)
 
 
+def guided(logits: Tensor, blind: Tensor, gamma: float, beta: float = 0.1) -> Tensor:
+    """(B, V) log-probabilities moved away from those without the picture; where `logits` finds a token implausible, -inf.
+
+    Args:
+        logits, blind: (B, V) scores with and without the picture. gamma: 1 gives the log-probabilities of `logits`, uncut.
+    """
+    seeing, unseeing = logits.log_softmax(-1), blind.log_softmax(-1)
+    if gamma == 1:
+        return seeing
+    kept = seeing >= math.log(beta) + seeing.amax(-1, keepdim=True) if beta else seeing.isfinite()
+    return (gamma * (seeing - unseeing) + unseeing).masked_fill(~kept, -torch.inf)
+
+
 @system(
     "dual-stream-emphasis",
     kind="steer",
@@ -108,11 +132,17 @@ class DualStreamEmphasis(System):
         None, "factors on alpha and beta, layers x heads numbers, layer after layer; none: 1 for all", low=0
     )
 
+    gamma: float = param(1.0, "guidance: above 1 away from what is said without the picture; 1: none", low=0)
+    cfg_beta: float = param(0.1, "guidance: tokens less likely than this share of the likeliest are cut", low=0, high=1)
+
     def __post_init__(self) -> None:
         check_parameters(self)
 
+    def stations(self) -> tuple[str, ...]:
+        return tuple(s for s in super().stations() if s != "second" or self.gamma != 1)
+
     def idle(self) -> bool:
-        return self.alpha == 0 and self.beta == 0
+        return self.alpha == 0 and self.beta == 0 and self.gamma == 1
 
     def prepare(self, shape: Shape) -> tuple[int, Tensor | None]:
         if shape.heads and shape.tower_prefix == 0:
@@ -139,9 +169,12 @@ class DualStreamEmphasis(System):
 
     def visual_tokens(self, site: Site, embeddings: Tensor) -> None:
         """Rank the block's visual tokens and set their boosts, by column of the whole prompt."""
-        here = site.tokens.visual[:, site.start :]
+        here, before = site.tokens.visual[:, site.start :], site.state.get("boost")
+        anything = bool(here.any()) and (self.alpha, self.beta) != (0, 0)
+        if not anything and before is None:
+            return
         block = torch.zeros(here.shape, device=embeddings.device)
-        if bool(here.any()):
+        if anything:
             if "penultimate" not in site.seen:
                 raise InputError("the pictures were encoded before the systems were attached: give pixel_values")
             values = self._boosts(site)
@@ -151,11 +184,11 @@ class DualStreamEmphasis(System):
                 raise InputError(
                     f"{error}; beside a system that drops tokens, name dual-stream-emphasis first"
                 ) from None
-        before = site.state.get("boost")
         first = int(site.tokens.position[:, site.start :].min())  # a cut prompt keeps its columns' numbers
-        if before is not None and site.start > 0:
-            gap = block.new_zeros(len(block), first - before.shape[1])  # generated in between
-            block = torch.cat([before, gap, block], 1)
+        if site.start > 0:
+            known = 0 if before is None else before.shape[1]
+            gap = block.new_zeros(len(block), first - known)  # generated in between
+            block = torch.cat([gap, block] if before is None else [before, gap, block], 1)
         site.state["boost"] = block
 
     def _boosts(self, site: Site) -> Tensor:
@@ -199,6 +232,18 @@ class DualStreamEmphasis(System):
             state["block"], state["rows"] = block, (start, answer[:, start:])
         start, rows = state["rows"]
         return Edit(start=start, rows=rows, boost=state[layer, "boost"])
+
+    def second(self, site: Site, prompt: Prompt) -> Mapping[str, Any] | None:
+        """The prompt without its pictures."""
+        tokens = prompt.tokens
+        if not tokens.has_image:
+            return None
+        site.state["seeing"] = tokens.visual.any(1, keepdim=True)  # (B, 1)
+        words = ~tokens.visual & (tokens.role != int(Role.PAD))
+        return prompt.pick([row.nonzero().flatten() for row in words])
+
+    def contrast(self, site: Site, logits: Tensor, second: Tensor) -> Tensor:
+        return torch.where(site.state["seeing"], guided(logits, second, self.gamma, self.cfg_beta), logits)
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
         views = tally.get("views", 0)

@@ -67,3 +67,30 @@ def test_a_stage_with_a_system(toy, toy_processor, tmp_path, system, recwarn):
     assert not [w for w in recwarn if "trained with it" in str(w.message)]
     with pytest.raises(InputError, match=f"trained with {system.slug}, not none"):
         instruct.train(toy, toy_processor, make, 2, plan, tmp_path, precision=None)
+
+
+@pytest.mark.parametrize("slug", ["cca", "aki-mma"])
+def test_from_an_exported_world_to_a_model_that_answers(slug, toy_folder, tmp_path):
+    """The commands as a user types them, in a fresh folder: export, check, train with the system, answer with it."""
+    from typer.testing import CliRunner
+
+    import sightline as sl
+    from sightline.learn.commands import app
+    from sightline.scenes.commands import app as world
+
+    def run(program, *words):
+        result = CliRunner().invoke(program, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    run(world, "export", "--n", 6, "--split", "train", "--format", "llava", "--size", 56, "--out", tmp_path / "world")
+    data = ("--data", tmp_path / "world" / "conversations.json", "--images", tmp_path / "world" / "images")
+    common = (*data, "--model", toy_folder, "--with", slug, "--device", "cpu", "--precision", "fp32", "--batch", 2)
+    assert '"records in file": 6' in run(app, "instruct", *common, "--dry-run")
+    run(app, "instruct", *common, "--steps", 3, "--lr", "1e-3", "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "instruct.systems.txt").read_text() == slug
+    lvlm = sl.load(str(tmp_path / "run" / "model"))
+    scene = sl.scenes.draw(7, size=56)
+    (system,) = sl.catalog.parse(f"{slug}:trained=true")
+    answers = [lvlm.ask(scene.image, "Is there a dog?", systems=s, max_new_tokens=4) for s in ([system], [])]
+    assert all(isinstance(answer, str) for answer in answers)

@@ -1,4 +1,4 @@
-"""`sightline train`: the bundled tiny LLaVA from nothing, and visual instruction tuning of a LLaVA on one's own data."""
+"""`sightline train`: the bundled tiny LLaVA from nothing, a LLaVA on one's own data, trainings on films, a classifier."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def tiny_llava(
 @app.command("instruct")
 def instruct(
     data: Annotated[Path, typer.Option(help="LLaVA-format JSON list.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a LLaVA checkpoint.")],
+    model: Annotated[str, typer.Option(help="tiny (bundled), a folder or a Hub id of a LLaVA checkpoint.")],
     stage: Annotated[int, typer.Option(help="1: projector on captions. 2: projector and decoder on dialogues.")] = 2,
     images: Annotated[Path | None, typer.Option(help="Folder the records' pictures are in.")] = None,
     out: Out = Path("instruct-run"),
@@ -147,3 +147,84 @@ def classifier(
         f"top-1 {results['top1']:.1f} % of {results['held_out']} held-out pictures (commonest class "
         f"{results['baseline']:.1f} %)   model: {out / 'model.safetensors'}   curves: {out / 'curves.png'}"
     )
+
+
+Model = Annotated[str, typer.Option(help="tiny (bundled), a Hub id or a folder.")]
+Steps = Annotated[int, typer.Option(help="Steps.")]
+Films = Annotated[int, typer.Option(help="Films per step.")]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate, instead of the paper's.")]
+Frames = Annotated[int, typer.Option(help="Frames of a film.")]
+Side = Annotated[int, typer.Option(help="Side of a frame, pixels.")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Show the data, train nothing.")]
+
+
+def _on_films(out: Path, device: str, precision: str, dry_run: bool, **settings) -> None:
+    from sightline.learn import film_tuning
+
+    facts = film_tuning.run(film_tuning.Settings(**settings), out.expanduser(), device=_device(device),
+                            precision=precision, dry_run=dry_run)  # fmt: skip
+    typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+
+
+@app.command("slow-fast")
+def slow_fast(
+    model: Model = "tiny",
+    stage: Annotated[int, typer.Option(help="1: projector and branch. 2: the decoder as well.")] = 1,
+    with_: Annotated[
+        str, typer.Option("--with", help="slow-fast and its parameters; stage 2: weights=FOLDER/branch.safetensors.")
+    ] = "slow-fast",
+    out: Out = Path("slow-fast-run"),
+    steps: Steps = 200,
+    batch: Films = 4,
+    lr: Rate = None,
+    frames: Frames = 32,
+    size: Side = 112,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dry_run: Dry = False,
+) -> None:
+    """Train the slow branch of slow-fast video tokens on generated films, stage 1 or 2."""
+    _on_films(out, device, precision, dry_run, training="slow-fast", model=model, stage=stage, system=with_,
+              steps=steps, batch=batch, lr=lr, frames=frames, size=size, seed=seed)  # fmt: skip
+
+
+@app.command("srft")
+def srft(
+    model: Model = "tiny",
+    out: Out = Path("srft-run"),
+    steps: Steps = 200,
+    batch: Films = 4,
+    lr: Rate = None,
+    frames: Frames = 8,
+    size: Side = 112,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dry_run: Dry = False,
+) -> None:
+    """HAVEN's reasoning fine-tuning on generated films: think, then answer."""
+    _on_films(out, device, precision, dry_run, training="srft", model=model, steps=steps, batch=batch, lr=lr,
+              frames=frames, size=size, seed=seed)  # fmt: skip
+
+
+@app.command("tdpo")
+def tdpo(
+    model: Annotated[str, typer.Option(help="Where to start, and the reference: the model folder of `srft`.")],
+    out: Out = Path("tdpo-run"),
+    steps: Steps = 200,
+    batch: Films = 4,
+    lr: Rate = None,
+    beta: Annotated[float, typer.Option(help="How far the model may go from the reference; large: less far.")] = 0.1,
+    gamma: Annotated[float, typer.Option(help="Weight of the tokens that differ; 1: plain DPO.")] = 5.0,
+    normalise: Annotated[bool, typer.Option(help="Divide by the weighted length.")] = True,
+    frames: Frames = 8,
+    size: Side = 112,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dry_run: Dry = False,
+) -> None:
+    """HAVEN's thinking preference on generated films: true thinking before thinking with one false fact."""
+    _on_films(out, device, precision, dry_run, training="tdpo", model=model, steps=steps, batch=batch, lr=lr,
+              beta=beta, gamma=gamma, normalise=normalise, frames=frames, size=size, seed=seed)  # fmt: skip

@@ -129,7 +129,16 @@ def plan_for(training: str, steps: int, batch: int) -> Plan:
     return Plan(steps, batch, RATES[training], weight_decay=0.0, warmup=math.ceil(0.03 * steps))
 
 
-def srft(lvlm: LVLM, plan: Plan, out: Path, *, frames: int = 8, size: int = 112, seed: int = 0) -> loop.Trainer:
+def srft(
+    lvlm: LVLM,
+    plan: Plan,
+    out: Path,
+    *,
+    frames: int = 8,
+    size: int = 112,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+) -> loop.Trainer:
     """Teach `lvlm` itself to think before it answers. An unfinished run in `out` goes on."""
 
     def loss(batch: tuple[list[Clip], list[str], list[str], list[str]]) -> tuple[Tensor, dict]:
@@ -137,8 +146,8 @@ def srft(lvlm: LVLM, plan: Plan, out: Path, *, frames: int = 8, size: int = 112,
         inputs, labels = films.with_answers(lvlm, lvlm.inputs(clips, questions), true)
         return lvlm.model(**inputs, labels=labels).loss, {}
 
-    trainer = loop.Trainer("srft", _learned(lvlm), plan, out)
-    trainer.run(lambda first: _pairs(plan, first, frames, size, seed), loss)
+    trainer = loop.Trainer("srft", _learned(lvlm), plan, out, precision=precision)
+    trainer.run(lambda first: pairs(plan, first, frames, size, seed), loss)
     return trainer
 
 
@@ -153,6 +162,7 @@ def tdpo(
     frames: int = 8,
     size: int = 112,
     seed: int = 0,
+    precision: torch.dtype | None = None,
 ) -> loop.Trainer:
     """Teach `lvlm` itself to prefer true thinking; the reference is the model as it comes in."""
     check_range("beta", beta, 0, 100)
@@ -175,8 +185,8 @@ def tdpo(
         won, lost, *before = scores
         return tdpo_loss(won, lost, *before, beta), {"margin": (won - lost).detach().mean()}
 
-    trainer = loop.Trainer("tdpo", _learned(lvlm), plan, out)
-    trainer.run(lambda first: _pairs(plan, first, frames, size, seed), loss)
+    trainer = loop.Trainer("tdpo", _learned(lvlm), plan, out, precision=precision)
+    trainer.run(lambda first: pairs(plan, first, frames, size, seed), loss)
     return trainer
 
 
@@ -198,7 +208,7 @@ def _learned(lvlm: LVLM) -> dict[str, torch.nn.Parameter]:
     return {name: p for prefix, path in parts.items() for name, p in loop.named(prefix, get(lvlm.model, path)).items()}
 
 
-def _pairs(
+def pairs(
     plan: Plan, first: int, frames: int, size: int, seed: int
 ) -> Iterator[tuple[list[Clip], list[str], list[str], list[str]]]:
     """Clips, questions, true and falsified responses of the steps from `first` on."""

@@ -68,7 +68,7 @@ def train(
         if stage == 2:
             learned |= loop.named("decoder.", get(lvlm.model, lvlm.host.decoder))
         trainer = loop.Trainer(f"slow-fast-{stage}", learned, plan, out, precision=precision)
-        trainer.run(lambda first: _batches(plan, first, frames, size, seed), lambda batch: (_loss(lvlm, *batch), {}))
+        trainer.run(lambda first: batches(plan, first, frames, size, seed), lambda batch: (_loss(lvlm, *batch), {}))
         save_branch(branch, out / "branch.safetensors")
     return trainer
 
@@ -82,7 +82,7 @@ def save_branch(branch: torch.nn.ModuleDict, path: Path) -> None:
     partial.replace(path)
 
 
-def _batches(
+def batches(
     plan: Plan, first: int, frames: int, size: int, seed: int
 ) -> Iterator[tuple[list[Clip], list[str], list[str]]]:
     """Clips, questions and answers of the steps from `first` on: one question a film."""

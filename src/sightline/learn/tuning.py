@@ -13,6 +13,7 @@ from sightline.engine.system import System
 from sightline.errors import ModelError, ParameterError
 from sightline.learn import conversation, instruct, loop
 from sightline.learn.recipe import Plan
+from sightline.sources import BUNDLED
 
 RATES = {1: 1e-3, 2: 2e-5}  # LLaVA-1.5's peak learning rates
 SHOWN = 500  # records of a dry run that are tokenised
@@ -32,6 +33,7 @@ def tune(data: Path, model: str, stage: int, images: Path | None, out: Path, *, 
         raise ParameterError(f"stage={stage!r} is out of range: choose 1 (projector) or 2 (projector and decoder)")
     if epochs <= 0 or (steps is not None and steps < 1):
         raise ParameterError(f"epochs={epochs!r}, steps={steps!r}: choose positive numbers")
+    model = str(BUNDLED.get(model, model))
     processor = _processor(model)
     records = instruct.Records(data, images, processor, stage, seed)
     if dry_run:

@@ -96,6 +96,54 @@ def vhr(
     make_console().print(table)
 
 
+@app.command()
+def cca(
+    model: Annotated[str, typer.Option(help="tiny (bundled), a Hub id or a folder.")] = "tiny",
+    with_: Annotated[str, typer.Option("--with", help="Systems on the model meanwhile, for example cca.")] = "none",
+    n: Annotated[int, typer.Option("--n", min=2, help="Held-out scenes, and things to paste.")] = 8,
+    cells: Annotated[int, typer.Option(help="Rows and columns of places.")] = 5,
+    layer: Annotated[int, typer.Option(help="Decoder layer of the flow.")] = 0,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Control: visual tokens last first.")] = False,
+    seed: Annotated[int, typer.Option(help="Which scenes.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; by default the best.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Where instructions look in the picture, and whether a thing is found wherever it stands.
+
+    Information flow of a layer (decay: rank correlation with raster order; symmetry: with the map's mirror images), and the
+    share of things found per cell of a grid, beside how often the model says yes to the empty place.
+    """
+    from sightline.catalog import parse
+    from sightline.console import make_console, print_json
+    from sightline.explain.concentric import Reversed, information_flow, spatial_probe
+    from sightline.explain.questions import held_out, picture_size
+    from sightline.loading import load
+
+    lvlm = load(model, device=device, dtype=dtype)
+    systems = [*parse(with_), *([Reversed()] if reverse else [])]
+    items = [item for item in held_out(n, seed=seed, size=picture_size(lvlm.processor)) if item.yes_no]
+    flow = information_flow(lvlm, [i.scene.image for i in items], [i.text for i in items], layer=layer, systems=systems,
+                            batch=batch)  # fmt: skip
+    probe = spatial_probe(lvlm, n, cells=cells, systems=systems, seed=seed, batch=batch)
+    facts = {"pictures": len(items), "layer": layer, "decay": round(flow.decay(), 4),
+             "symmetry": round(flow.symmetry(), 4), "things": n, "found": round(float(probe.found.mean()), 4),
+             "yes to the empty place": round(float(probe.empty.mean()), 4)}  # fmt: skip
+    maps = {f"found, size {size:g}": probe.accuracy[k] for k, size in enumerate(probe.sizes)}
+    if json:
+        maps["flow"] = flow.grid()
+        print_json(facts | {name: [[round(float(v), 6) for v in row] for row in map_] for name, map_ in maps.items()})
+        return
+    console = make_console()
+    for name, value in facts.items():
+        console.print(f"{name}: {value}")
+    for name, map_ in maps.items():
+        console.print(f"\n{name}, top row first")
+        for row in map_:
+            console.print("  ".join(f"{100 * value:3.0f} %" for value in row))
+
+
 def _dims(text: str | None) -> tuple[int, ...] | None:
     from sightline.errors import ParameterError
 

@@ -1,15 +1,21 @@
-"""At which layer and step a word is within reach: ranks of tokens in the head's scores of every layer (logit lens).
+"""Ranks of tokens: at which layer and step a word is within reach, and which words language alone would have said.
+
+Logit lens: ranks in the head's scores of every layer.
 
     rank_{t,l}(w) = number of tokens whose score in head(H_l) exceeds that of w, at the position that predicts token t
 
 VISTA's analysis: words for objects in the picture fall in rank as the answer grows, words that the picture grounds peak a
 few layers before the last, function words in the last. Source: "The Hidden Life of Tokens", arXiv 2502.03628 (ICML 2025).
+
+Base ranks: rank of every token of an answer in a language model that reads the same words without the picture. A token that it
+ranks first is unshifted: seeing changed nothing, and a hallucination there is one of language. Source of this taxonomy, whose
+further classes need training data that only its authors had: VDGD, arXiv 2405.15683 (ICLR 2025).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -74,3 +80,47 @@ def token_ranks(
         made = lvlm.model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)
     answer = tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     return answer, torch.stack(system.found).cpu().numpy()
+
+
+def base_ranks(
+    lvlm: LVLM,
+    image: Image.Image,
+    question: str,
+    answer: str | None = None,
+    *,
+    length: int = 64,
+    base: Any = None,
+) -> tuple[list[str], np.ndarray]:
+    """Rank of every token of an answer without the picture, from 1 on; 1: language alone would have said it ("unshifted").
+
+    Args:
+        answer: what to look at; None: the model's own greedy answer of at most `length` tokens.
+        base: a causal language model of transformers with the same vocabulary; None: the model itself.
+
+    Returns:
+        The tokens as text, and (T,) int64.
+
+    Raises:
+        InputError: the answer is empty, or the vocabulary of `base` is another one.
+    """
+    if answer is not None and not answer.strip():
+        raise InputError(f"the answer {answer!r} has no tokens: give some text")
+    inputs = prompts(lvlm, [image], [question])
+    prompt, tokenizer = inputs["input_ids"], lvlm.processor.tokenizer
+    if answer is None:
+        with torch.no_grad():
+            made = lvlm.model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)
+        special = set(tokenizer.all_special_ids)
+        ids = [i for i in made[0, prompt.shape[1] :].tolist() if i not in special]
+    else:
+        ids = answer_ids(tokenizer, prompt[0], answer)
+    if not ids:
+        raise InputError("the model answers nothing: give an answer")
+    words = prompt[:, prompt[0] != getattr(lvlm.model.config, lvlm.host.image_token)]
+    whole = torch.cat([words, torch.tensor([ids], dtype=words.dtype, device=words.device)], 1)
+    with torch.no_grad():
+        logits = (base or lvlm.model)(input_ids=whole, use_cache=False).logits[0, words.shape[1] - 1 : -1]  # (T, V)
+    if max(ids) >= logits.shape[-1]:
+        raise InputError(f"base has a vocabulary of {logits.shape[-1]} tokens, the answer holds token {max(ids)}")
+    ranks = (logits > logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])).sum(-1) + 1
+    return [tokenizer.decode([i]) for i in ids], ranks.cpu().numpy()

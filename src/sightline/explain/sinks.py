@@ -45,7 +45,7 @@ class SinkMap:
 
     def correlation(self) -> np.ndarray:
         """(L,) Spearman correlation of phi and received attention over the tokens; NaN where either is constant."""
-        return np.array([_spearman(a, b) for a, b in zip(self.phi, self.received, strict=True)])
+        return np.array([spearman(a, b) for a, b in zip(self.phi, self.received, strict=True)])
 
 
 def sink_map(
@@ -68,7 +68,7 @@ def map_of(seen: Observation) -> SinkMap:
     return SinkMap(seen.layout, seen.phi, seen.received.mean(1), seen.tau, seen.dims)
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
     ranks = [_ranks(x) for x in (a, b)]
     if any(np.ptp(r) == 0 for r in ranks):
         return float("nan")

@@ -33,7 +33,7 @@ def scene_of(item):
 
 
 def test_every_task_has_its_questions(tasks):
-    assert set(tasks) == {name.replace(":", "_") for name in world.TASKS} - {"video", "haven"}
+    assert set(tasks) == {name.replace(":", "_") for name in world.TASKS} - {"video", "haven", "opope"}
     for task in tasks.values():
         assert 48 <= len(task.items) <= 54
         assert len({item.id for item in task.items}) == len(task.items)

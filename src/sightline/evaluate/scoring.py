@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sightline.evaluate import chair, describing, mme, pointing, pope, vqa
+from sightline import scenes
+from sightline.evaluate import chair, describing, mme, opope, pointing, pope, vqa
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.task import Answer, Item, texts
 
@@ -55,6 +56,15 @@ def score_chair(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
     truth = {item.picture: {kind for kind, _ in item.tags["objects"]} for item in items}
     scorer = chair.Chair(chair.scene_vocabulary(), truth)
     return scorer.score(texts(answers), [item.picture for item in items])
+
+
+def score_opope(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:
+    """POPE's questions answered by captions."""
+    rows = [
+        {"named": scenes.mentions(answer["answer"]), "asked": item.tags["asked"]}
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    return opope.score(rows, [item.picture for item in items])
 
 
 def score_caption(items: Sequence[Item], answers: Sequence[Answer]) -> Scored:

@@ -321,6 +321,23 @@ def test_a_gain_that_is_learnt_gets_its_gradient():
         assert_close("gradient of the gain", found, right)
 
 
+def test_a_function_of_outputs_reaches_its_rows_only():
+    """In the rows of `start` ... `stop` that are chosen, and behind a gain of an edit given later."""
+    call = make_call("causal")
+    rows = some_rows(7, 30)
+    edits = [
+        Edit(start=7, stop=30, rows=rows, after=lambda outputs, first: 2 * outputs + first),
+        Edit(gain=draw(1, H, 1)),
+    ]
+    output, _ = run(call, edits)
+    gained, _ = run(call, edits[1:])
+    wanted = gained.clone()
+    wanted[:, 7:30][rows] = 2 * gained[:, 7:30][rows] + 7
+    assert rows.any()
+    assert not rows.all()
+    assert torch.equal(output, wanted)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_probes_see_the_final_weights(mask):
     call = make_call(mask)

@@ -233,6 +233,18 @@ def test_logits(tiny):
     assert torch.equal(whole[:, :-1], rest[:, :-1]), "only the next token's scores are the station's"
 
 
+def test_the_next_token_under_right_padding(tiny):
+    """Its scores are those of the last position that is not padding."""
+    host = tiny("llava")
+    inputs = host.inputs(["Is there a dog?", "Dog?"], [[picture()], [picture(80, 64, 1)]], padding_side="right")
+    seen = []
+    with sl.attach(host.model, toy(logits=lambda site, x: seen.append(x.clone()))):
+        whole = forward(host.model, inputs)
+    last = inputs["attention_mask"].sum(1) - 1
+    assert last[0] != last[1]
+    assert torch.equal(seen[0], whole[torch.arange(2), last])
+
+
 def test_cache(tiny):
     """Values zeroed in the cache after the prompt equal the same done by hand between two forwards."""
     host = tiny("llava")

@@ -27,6 +27,7 @@ _MODULES = (
     "report",
     "scenes",
     "steer",
+    "train",
 )
 _NAMES = {
     "Clip": "sightline.clips",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         report,
         scenes,
         steer,
+        train,
     )
     from sightline.clips import Clip, open_clip
     from sightline.engine.attach import attach, detach

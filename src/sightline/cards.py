@@ -159,7 +159,9 @@ def _acts_on_models(entry: Entry) -> bool:
 
 
 def _command(entry: Entry) -> str:
-    """How to use a system on the command line; empty for one that is not attached to a model."""
+    """How to use a system on the command line; empty for one that is neither attached to a model nor run by `train`."""
+    if entry.kind == "train":
+        return f"sightline train {entry.slug} --out run"
     if not _acts_on_models(entry):
         return ""
     settings = [f"{p['name']}={p['default']}" for p in _parameters(entry) if _is_number(p["default"])]
@@ -169,6 +171,8 @@ def _command(entry: Entry) -> str:
 def _python(entry: Entry) -> str:
     required = ", ".join(f"{p['name']}=..." for p in _parameters(entry) if p["required"])
     made = f"sl.{entry.kind}.{entry.cls.__name__}({required})"
+    if entry.kind == "train":
+        return f"import sightline as sl\nsettings = {made}"
     if not _acts_on_models(entry):
         return f"import sightline as sl\ny = {made}(x)"
     return f"import sightline as sl\nwith sl.attach(model, {made}) as attached:\n    model.generate(**inputs)"

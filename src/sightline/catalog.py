@@ -26,6 +26,7 @@ KINDS = {
     "steer": "edit attention or hidden states while the model answers",
     "decode": "weigh next-token scores, mostly against those of a second stream",
     "mix": "replace softmax attention: modules (B, *grid, C) -> (B, *grid, C)",
+    "train": "train a model: losses and schedules, run by `sightline train NAME`",
 }
 
 

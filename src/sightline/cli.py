@@ -26,7 +26,7 @@ LAZY = {
     "scenes": ("sightline.scenes.commands", "Draw the generated world; export COCO, LLaVA and POPE files."),
     "train": (
         "sightline.learn.commands",
-        "Train the bundled tiny LLaVA, tune a LLaVA on your own dialogues, train a classifier.",
+        "Train the bundled tiny LLaVA, tune a LLaVA on your own dialogues or by diffusion feedback, train a classifier.",
     ),
 }
 # Commands that live in such a module: name -> (module, what --help says).

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Train: the bundled tiny LLaVA, any LLaVA on a LLaVA-format JSON, a classifier.", no_args_is_help=True
+    help="Train: the bundled tiny LLaVA, any LLaVA on a LLaVA-format JSON or by diffusion feedback, a classifier.",
+    no_args_is_help=True,
 )
 
 Out = Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")]
@@ -228,3 +229,36 @@ def tdpo(
     """HAVEN's thinking preference on generated films: true thinking before thinking with one false fact."""
     _on_films(out, device, precision, dry_run, training="tdpo", model=model, steps=steps, batch=batch, lr=lr,
               beta=beta, gamma=gamma, normalise=normalise, frames=frames, size=size, seed=seed)  # fmt: skip
+
+
+@app.command("deem")
+def deem(
+    model: Annotated[
+        str, typer.Option(help="tiny (bundled), or folder or Hub id of a LLaVA with a CLIP tower.")
+    ] = "tiny",
+    diffusion: Annotated[
+        str, typer.Option(help="tiny (trained first, in OUT/diffusion), or folder or Hub id of a Stable Diffusion.")
+    ] = "tiny",
+    data: Annotated[Path | None, typer.Option(help="LLaVA-format JSON list; without it: generated scenes.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder the records' pictures are in.")] = None,
+    out: Out = Path("deem-run"),
+    steps: Annotated[int, typer.Option(help="Steps of the feedback training.")] = 100,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; the tower's is a fifth of it.")] = 1e-4,
+    weight: Annotated[float, typer.Option(help="Weight of the feedback loss.")] = 5.0,
+    text_weight: Annotated[float, typer.Option(help="Weight of the language model's loss; 0: feedback alone.")] = 1.0,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = 0,
+) -> None:
+    """DEEM: tune a LLaVA's vision tower by the denoising loss of a frozen diffusion model (extra: diffusers)."""
+    from sightline.learn import feedback
+    from sightline.train.deem import DEEM
+
+    settings = DEEM(weight=weight, text_weight=text_weight, **(feedback.SMALL if diffusion == "tiny" else {}))
+    facts = feedback.run(
+        settings, model, diffusion, out.expanduser(), data=data, images=images, steps=steps, batch=batch, lr=lr, seed=seed,
+        device=_device(device), precision=precision, workers=workers,
+    )  # fmt: skip
+    typer.echo(json.dumps(facts, indent=1))

@@ -19,6 +19,7 @@ STREAMS = {
     "tokenizer": 4 << 24,
     "name": 5 << 24,
     "classifier": 6 << 24,
+    "diffusion": 7 << 24,
 }
 
 

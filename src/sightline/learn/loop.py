@@ -43,9 +43,9 @@ def rate(plan: Plan, step: int, progress: float) -> float:
 def optimizers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.optim.Optimizer]:
     """AdamW, and with `plan.muon` Muon (Jordan et al., 2024) for the matrices of layers; each group knows its "peak" rate.
 
-    Word embeddings and projector follow `plan.slow`; vectors and embeddings do not decay.
+    Word embeddings and `plan.slow_parts` follow `plan.slow`; vectors and embeddings do not decay.
     """
-    slow = {name for name in parameters if "embed_tokens" in name or name.startswith("projector.")}
+    slow = {name for name in parameters if "embed_tokens" in name or name.startswith(plan.slow_parts)}
     matrices = {name for name, p in parameters.items() if p.ndim > 1 and "embed_tokens" not in name}
     layers = {name for name in matrices - slow if parameters[name].ndim == 2} if plan.muon else set()
     groups = []
@@ -55,7 +55,9 @@ def optimizers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.op
             peak = plan.lr * (plan.slow if late else 1.0)
             decay = plan.weight_decay if decays else 0.0
             groups.append({"params": [parameters[n] for n in names], "weight_decay": decay, "peak": peak})
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95))] if groups else []
+    made: list[torch.optim.Optimizer] = (
+        [torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, plan.beta2))] if groups else []
+    )
     if layers:
         group = {"params": [parameters[n] for n in parameters if n in layers], "peak": plan.muon}
         made.append(torch.optim.Muon([group], lr=plan.muon, weight_decay=plan.weight_decay, momentum=0.95))

@@ -35,7 +35,7 @@ class Plan:
     """One stage: `steps` of `batch` samples at peak rate `lr`, linear warm-up of `warmup` steps, then cosine to 10 %.
 
     `muon`: the peak rate of Muon, which then trains the decoder layers' matrices (0: AdamW trains everything). `slow`: rate of word
-    embeddings and projector relative to `lr`.
+    embeddings and of the parts named in `slow_parts`, relative to `lr`. `beta2`: AdamW's.
     """
 
     steps: int
@@ -46,6 +46,8 @@ class Plan:
     clip: float = 1.0
     muon: float = 0.0
     slow: float = 1.0
+    slow_parts: tuple[str, ...] = ("projector.",)
+    beta2: float = 0.95
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def tune(data: Path, model: str, stage: int, images: Path | None, out: Path, *, 
     if epochs <= 0 or (steps is not None and steps < 1):
         raise ParameterError(f"epochs={epochs!r}, steps={steps!r}: choose positive numbers")
     model = str(BUNDLED.get(model, model))
-    processor = _processor(model)
+    processor = processor_of(model)
     records = instruct.Records(data, images, processor, stage, seed)
     if dry_run:
         samples = [records.sample(k) for k in range(min(SHOWN, len(records)))]
@@ -51,12 +51,13 @@ def tune(data: Path, model: str, stage: int, images: Path | None, out: Path, *, 
             "model": str(out / "model")}  # fmt: skip
 
 
-def _processor(model: str) -> LlavaProcessor:
+def processor_of(model: str) -> LlavaProcessor:
+    """The processor of a LLaVA. ModelError when it is none, or cannot be loaded."""
     try:
         kind = AutoConfig.from_pretrained(model).model_type
         processor = LlavaProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {model!r} ({str(error).splitlines()[0]}): give a LLaVA folder or id") from error
     if kind != "llava":
-        raise ModelError(f"{model!r} is a {kind} model: instruction tuning takes LlavaForConditionalGeneration")
+        raise ModelError(f"{model!r} is a {kind} model: this training takes LlavaForConditionalGeneration")
     return processor

@@ -33,7 +33,8 @@ def scene_of(item):
 
 
 def test_every_task_has_its_questions(tasks):
-    assert set(tasks) == {name.replace(":", "_") for name in world.TASKS} - {"video", "haven", "opope"}
+    apart = ("video", "haven", "opope", "robust")
+    assert set(tasks) == {name.replace(":", "_") for name in world.TASKS if not name.startswith(apart)}
     for task in tasks.values():
         assert 48 <= len(task.items) <= 54
         assert len({item.id for item in task.items}) == len(task.items)

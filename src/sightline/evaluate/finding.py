@@ -1,15 +1,15 @@
-"""From words to tasks: `scenes:pope:random`, `pope:FILE`, `chair:FOLDER`, `mme:PATH`, `vallu:FILE`."""
+"""From words to tasks: `scenes:pope:random`, `pope:FILE`, `chair:FOLDER`, `mme:PATH`, `vallu:FILE`, `robustvqa:FILE`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sightline.errors import InputError, UnknownNameError, nearest
-from sightline.evaluate import files, vallu, world
+from sightline.evaluate import files, robust, vallu, world
 from sightline.evaluate.pope import check_rule
 from sightline.evaluate.task import Task
 
-SOURCES = ("scenes", "pope", "chair", "mme", "vallu")
+SOURCES = ("scenes", "pope", "chair", "mme", "vallu", "robustvqa")
 SHOWN = 5  # names of missing pictures in a message
 
 
@@ -29,7 +29,7 @@ def find(
     """The tasks that `on` names.
 
     Args:
-        on: "scenes:NAME" (see `world.build`), "pope:FILE", "chair:FOLDER", "mme:PATH" or "vallu:FILE".
+        on: "scenes:NAME" (see `world.build`), "pope:FILE", "chair:FOLDER", "mme:PATH", "vallu:FILE" or "robustvqa:FILE".
         n: at least so many questions per task, whole pictures; None: all of a file, 600 on scenes.
         seed: chooses questions and subsets. split, size: of the generated world. rule: how yes and no are read in POPE.
         images: folder of the pictures of files. synonyms, words: for CHAIR on COCO.
@@ -52,6 +52,8 @@ def find(
         tasks = [files.mme_files(rest, n, seed)]
     elif source == "vallu":
         tasks = [vallu.task(rest, images, n, seed)]
+    elif source == "robustvqa":
+        tasks = robust.read(rest, images, n, seed)
     else:
         tasks = [files.coco_chair(rest, images, synonyms, words, 500 if n is None else n, seed)]
     for task in tasks:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sightline import scenes
 from sightline.errors import ParameterError, UnknownNameError, nearest
-from sightline.evaluate import films, haven_films, mme, pointing, scoring
+from sightline.evaluate import films, haven_films, mme, pointing, robust, scoring
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.task import Item, Task, check_items
 from sightline.scenes.asking import OPPOSITE, absent_kind
@@ -253,12 +253,15 @@ TASKS: dict[str, Callable[[World, int], Task]] = {
     "pointing": _pointing,
     "video": films.video,
     "haven": haven_films.build,
+    **{f"robust:{form}": partial(robust.build, form=form) for form in robust.FORMS},
 }
 GROUPS = {
     "pope": tuple(f"pope:{split}" for split in POPE_SPLITS),
     "vqa": ("colour", "count", "relation"),
-    # without those that need room for several pictures, and OPOPE, which asks for chair's captions again
-    "all": tuple(name for name in TASKS if name not in ("video", "haven", "opope")),
+    "robust": ("robust:choice",),
+    # without those that need room for several pictures, OPOPE, which asks for chair's captions again, and robust, whose
+    # pictures are unlike all others
+    "all": tuple(name for name in TASKS if not name.startswith(("video", "haven", "opope", "robust"))),
 }
 
 

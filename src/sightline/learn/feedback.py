@@ -101,7 +101,7 @@ class Eye:
         return found[0]
 
     @torch.no_grad()
-    def held_out(self, make: Callable[[int], Sample], pictures: int = HELD) -> float:
+    def held_out(self, make: Callable[[int], Sample], pictures: int) -> float:
         """Feedback loss of `make(0), ...` with the same noise each time, averaged over time steps."""
         self.train(False)
         pixels = torch.from_numpy(np.stack([make(k).pixels for k in range(pictures)]))
@@ -163,12 +163,13 @@ def _world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Samp
 
 def run(settings: DEEM, model: str, painter: str, out: Path, *, data: Path | None = None, images: Path | None = None,
         steps: int = 100, batch: int = 8, lr: float = 1e-4, seed: int = 0, device: torch.device, precision: str = "auto",
-        workers: int = 0) -> dict:  # fmt: skip
+        workers: int = 0, held: int = HELD) -> dict:  # fmt: skip
     """Tune a LLaVA by feedback; save it to `out/model` and the feedback's own weights to `out/feedback.safetensors`.
 
     Args:
         model, painter: folder or id of a LLaVA and of a diffusion model, or "tiny" (a tiny diffusion model is trained
             first, into `out/diffusion`, when it is not there). data, images: LLaVA-format JSON and its pictures; None: scenes.
+        held: held-out scenes for the losses that are returned.
 
     Returns:
         Steps, feedback loss on held-out pictures before and after (of scenes), and where the model is.
@@ -190,11 +191,11 @@ def run(settings: DEEM, model: str, painter: str, out: Path, *, data: Path | Non
         diffusion.load(painter).to(device)
     )  # fmt: skip
     eye, world = Eye.make(net, made, settings, seed), world_of(net, processor, seed)
-    facts = {} if records else {"held_out_before": eye.held_out(lambda k: world(-1 - k))}
+    facts = {} if records else {"held_out_before": eye.held_out(lambda k: world(-1 - k), held)}
     torch.manual_seed(seed)
     trainer = train(eye, processor, records or world, settings, plan_for(steps, batch, lr), out, precision=dtype,
                     workers=workers)  # fmt: skip
-    facts |= {} if records else {"held_out_after": eye.held_out(lambda k: world(-1 - k))}
+    facts |= {} if records else {"held_out_after": eye.held_out(lambda k: world(-1 - k), held)}
     net.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     kept = {"visual": eye.visual, "condition": eye.feedback.condition_projection}

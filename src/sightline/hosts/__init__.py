@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,9 @@ __all__ = [
 ]
 
 
+@cache
 def load_all() -> None:
-    """Import every host file of this folder, so that REGISTRY is complete. Imports no model code."""
+    """Import every host file of this folder, once, so that REGISTRY is complete. Imports no model code."""
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
 

@@ -8,6 +8,7 @@ pixel shuffle, window order, unpadding and newline tokens. A host's `layouts` fu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,27 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @cached_property
+    def crop_rows(self) -> tuple[np.ndarray, int]:
+        """Row and place of every token's patches in a tower that sees every crop, or tile of it, as a row of its batch.
+
+        Returns:
+            (n, k, 2) int64, rows and places counted from 0, -1 fills tokens with fewer than k patches; and the rows that
+            the picture takes. Worked out once for every layout, which never changes.
+        """
+        tile = np.array(self.patch_grids[self.base])  # what the tower sees at once
+        stitched = np.array(self.patch_grids) // tile  # (crops, 2) tiles per crop, mostly (1, 1)
+        first = np.concatenate([[0], stitched.prod(axis=1).cumsum()])
+        width = max((len(p) for p in self.patches), default=0)
+        patch = np.array([p + (-1,) * (width - len(p)) for p in self.patches], dtype=np.int64).reshape(-1, width)
+        crop = np.where(self.crop >= 0, self.crop, 0)[:, None]  # (n, 1); separators have no patches
+        row, column = np.divmod(patch, np.array(self.patch_grids)[crop, 1])
+        rows = first[crop] + row // tile[0] * stitched[crop, 1] + column // tile[1]
+        places = np.stack([rows, row % tile[0] * tile[1] + column % tile[1]], -1)
+        places[patch < 0] = -1
+        places.flags.writeable = False
+        return places, int(first[-1])
 
     def visible_boxes(self) -> np.ndarray:
         """(n, 4) float32: the boxes cut to the picture; NaN for separators and tokens that see only padding."""

@@ -58,7 +58,13 @@ NO_CLS = (
 LANGUAGE = {"merge_threshold": None, "keep_rate": 0.0}  # MustDrop without its stage in the tower, for every host
 
 CASES: dict[str, Case] = {
-    "flowcut": Case(FlowCut(9), FlowCut(None), (*NO_CLS, "internvl"), coupled=True, chooses=True),
+    "flowcut": Case(
+        FlowCut(9),
+        FlowCut(None),
+        (*(name for name in NO_CLS if name not in ("qwen2_vl", "qwen2_5_vl")), "internvl"),  # these need no class token
+        coupled=True,
+        chooses=True,
+    ),
     "fopru": Case(FoPru(0.3), FoPru(1.0), chooses=True),
     "h2o": Case(H2O(0.1, 0.1), H2O(0.5, 0.5), text_too=True, chooses=True, late=True),
     "hired": Case(HiRED(0.3), HiRED(1.0), NO_CLS, chooses=True),

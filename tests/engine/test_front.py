@@ -263,8 +263,8 @@ def test_a_tower_may_run_fewer_tokens(name, tiny):
             assert_close("row", logits[row], steps[0], CLOSE)
 
 
-def test_packed_towers_refuse_cuts(tiny):
-    host = tiny("qwen2_5_vl")
-    cut = toy(vision_hidden=lambda site, x: Keep(torch.ones(x.shape[:1], dtype=torch.bool)))
-    with sl.attach(host.model, cut, every(1)), pytest.raises(HostError, match="packs all pictures"):
+def test_towers_of_which_several_layers_are_used_refuse_cuts(tiny):
+    host = tiny("qwen3_vl")
+    cut = toy(vision_hidden=lambda site, x: Keep(torch.ones(x.shape[:2], dtype=torch.bool)))
+    with sl.attach(host.model, cut, every(1)), pytest.raises(HostError, match="several layers of this vision tower"):
         forward(host.model, batch(host))

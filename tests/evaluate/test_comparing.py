@@ -274,6 +274,9 @@ def test_the_best_is_the_best():
         ("var:p=0..1/2,summ=0.1..0.3/2", ["var:p=0,summ=0.1", "var:p=0,summ=0.3", "var:p=1,summ=0.1", "var:p=1,summ=0.3"]),
         ("var:p=0.0..1.0", [f"var:p={v}" for v in ("0", "0.25", "0.5", "0.75", "1")]),
         ("x:t=-1..1/3,u=a/b", ["x:t=-1,u=a/b", "x:t=0,u=a/b", "x:t=1,u=a/b"]),
+        ("a:k=4|2|none+b:r=3", ["a:k=4+b:r=3", "a:k=2+b:r=3", "a:k=none+b:r=3"]),
+        ("a:t=0.5/0.2|0.3/0.1,k=0..4/2", ["a:t=0.5/0.2,k=0", "a:t=0.5/0.2,k=4", "a:t=0.3/0.1,k=0", "a:t=0.3/0.1,k=4"]),
+        ("a:file=../x.safetensors", ["a:file=../x.safetensors"]),
     ],
 )  # fmt: skip
 def test_sweeps(spec, expected):
@@ -286,6 +289,7 @@ def test_sweep_refusals():
         "var:p=1..0/3": "LOW must be below HIGH",
         "var:p=0..1/1": "STEPS in",
         "var:p=0..1/1.5": "cannot read 0..1/1.5",
+        "var:p=0.2|": "empty choice",
         "var:p=0..1/100,summ=0..1/100": "10000 combinations",
     }.items():
         with pytest.raises(ParameterError, match=named):

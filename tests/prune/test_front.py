@@ -410,7 +410,7 @@ def test_bad_parameters_say_what_is_allowed():
 
 @pytest.mark.parametrize("name", [n for n in TINY if n.startswith(("gemma3", "qwen2_5", "llava_one"))])
 def test_hosts_without_a_class_token_are_told_what_to_use(name, tiny):
-    for system in (VTCCLS(5), HiRED(0.3), FlowCut(9)):
+    for system in (VTCCLS(5), HiRED(0.3), *(() if name.startswith("qwen2") else (FlowCut(9),))):
         with pytest.raises(HostError, match="mean-received"):
             sl.attach(tiny(name).model, system)
 

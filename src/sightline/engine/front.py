@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sightline.engine.entry import refuse_fixed, restore, shorten
+from sightline.engine.packed import cut_arguments, merged_places, parts_of
 from sightline.engine.pictures import Pictures, Places, key_of, token_count
 from sightline.engine.select import Keep, columns, take
 from sightline.errors import HostError, InputError
@@ -58,6 +59,12 @@ class Front:
             for i, layer in enumerate(layers):
                 undo.callback(layer.register_forward_pre_hook(partial(self._layer, i), with_kwargs=True).remove)
             undo.callback(tower.register_forward_hook(self._tower_ends).remove)
+            if getattr(host, "tower_order", None) is not None:  # one row of all pictures, cut once more behind its end
+                projector = get(model, host.projector)
+                undo.callback(
+                    projector.register_forward_pre_hook(partial(self._layer, len(layers)), with_kwargs=True).remove
+                )
+                undo.callback(projector.register_forward_hook(self._merged).remove)
         if "visual_tokens" in used:
             decoder = get(model, host.decoder)
             undo.callback(decoder.register_forward_pre_hook(self._decoder_begins, with_kwargs=True).remove)
@@ -83,6 +90,7 @@ class Front:
                 [{} for _ in self.owner.workers],
                 prefix(self.owner.model, self.owner.host),
                 bound.arguments.get("pixel_values"),
+                parts_of(bound.arguments),
             )
             sequence = self.owner.sequences.current
             if sequence is None:
@@ -126,11 +134,9 @@ class Front:
         pictures = self.running
         if pictures is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.dim() != 3:
-            if list(self.owner.each("vision_hidden", "vision", layer, lambda: hidden)):
-                raise HostError("this vision tower packs all pictures into one row: no tokens can be cut inside it")
-            return None
+        given = args[0] if args else kwargs["hidden_states"]
+        packed = given.dim() == 2  # all pictures in one row, without a batch axis
+        hidden = given[None] if packed else given
         if layer == 0:
             pictures.alive.clear()
             pictures.alive.append(torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1))
@@ -138,6 +144,10 @@ class Front:
             pictures.alive.append(pictures.alive[-1])
         now = [hidden]
         for keep in self.owner.each("vision_hidden", "vision", layer, lambda: now[0]):
+            if packed and getattr(self.owner.host, "deepstack", None):
+                raise HostError(
+                    "features of several layers of this vision tower are used: no tokens can be cut inside it"
+                )
             now[0] = now[0] if keep.states is None else keep.states
             index = columns(keep.mask)
             if bool((index < 0).any()):
@@ -145,9 +155,21 @@ class Front:
             if index.shape[1] < now[0].shape[1]:
                 now[0] = take(now[0], index)
                 pictures.alive[-1] = take(pictures.alive[-1], index)
-        if now[0] is hidden:
+        if packed:
+            kwargs = cut_arguments(kwargs, pictures.alive[0].shape[1], pictures.alive[-1][0])
+        if now[0] is hidden and pictures.alive[-1].shape[1] == pictures.alive[0].shape[1]:
             return None
-        return ((now[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": now[0]})
+        states = now[0][0] if packed else now[0]
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    def _merged(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Give the merged tokens of a cut row the length that the host expects; dropped places are zero."""
+        pictures = self.running
+        if pictures is None or not pictures.alive or pictures.alive[-1].shape[1] == pictures.alive[0].shape[1]:
+            return None
+        places = merged_places(pictures.alive[-1][0], len(output))
+        width = pictures.alive[0].shape[1] * len(output) // pictures.alive[-1].shape[1]
+        return output.new_zeros(width, output.shape[1]).index_copy(0, places, output)
 
     def _tower_ends(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Give the tower's states the length that the host expects; dropped places are zero."""
@@ -160,7 +182,8 @@ class Front:
             output.hidden_states = tuple(
                 s if s is None else _spread(s, pictures.alive[max(j - 1, 0)], width) for j, s in enumerate(states)
             )
-        output.last_hidden_state = _spread(output.last_hidden_state, pictures.alive[-1], width)
+        last = pictures.alive[: self.owner.shape.tower_layers][-1]  # not of the cut behind the last layer
+        output.last_hidden_state = _spread(output.last_hidden_state, last, width)
 
     # -- the decoder ----------------------------------------------------------------------------------------------
 
@@ -170,6 +193,8 @@ class Front:
             return None
         if sequence.cut is not None:
             sequence.cut = sequence.cut.forget()
+        if sequence.second and sequence.pictures is None:  # visual tokens that a second stream's system made itself
+            return None
         tokens = sequence.tokens
         start = tokens.shape[1] - sequence.queries
         if not sequence.prefill or not tokens.has_image or not (start == 0 or bool(tokens.visual[:, start:].any())):
@@ -212,6 +237,8 @@ def _frames(given: dict[str, Any]) -> tuple[int, ...]:
 
 def _spread(states: Tensor, alive: Tensor, width: int) -> Tensor:
     """(R, M, C) states at the places `alive` (R, M) -> (R, width, C), zero elsewhere."""
+    if states.dim() == 2:
+        return _spread(states[None], alive, width)[0]
     if states.shape[1] == width:
         return states
     index = alive[..., None].expand(-1, -1, states.shape[-1])

@@ -81,6 +81,7 @@ class Pictures:
     notes: list[dict[Any, Any]]  # per system: its memory of these pictures (`site.seen`)
     prefix: int = 0  # class token and registers before a row's patches
     pixels: Tensor | None = field(default=None, repr=False)  # as the host was given them
+    parts: tuple[int, ...] = ()  # patches of every picture or group of frames, in towers that pack them into one row
     tower: tuple[int, int] | None = None  # (rows, tokens per row) of the tower's batch, class token included
     alive: list[Tensor] = field(
         default_factory=list

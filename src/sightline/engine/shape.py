@@ -22,6 +22,7 @@ def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
         "tower_prefix": prefix(model, host),
         "feature_layer": feature_layer(model, host),
         "merged": getattr(host, "merged", False),
+        "packed": _packed(model, host),
         "tiled": getattr(host, "views", None) is not None and getattr(host, "tower_order", None) is None,
     }
     if not isinstance(host, Host):
@@ -39,6 +40,13 @@ def shape_of(model: nn.Module, host: Host | ViTHost) -> Shape:
         key_value=lambda layer: tuple(get(_layer(model, host, layer), f"{host.attention}.{n}") for n in host.key_value),
         **tower,
     )
+
+
+def _packed(model: nn.Module, host: Host | ViTHost) -> int:
+    """Patches of a visual token where the tower packs all pictures into one row and only its end is used; else 0."""
+    if getattr(host, "tower_order", None) is None or host.deepstack:
+        return 0
+    return int(model.config.vision_config.spatial_merge_size) ** 2
 
 
 def _layer(model: nn.Module, host: Host, layer: int) -> nn.Module:

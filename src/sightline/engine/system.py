@@ -58,6 +58,7 @@ class Shape:
     tower_prefix: int = 0  # class token and registers before the patches in the tower's sequence
     feature_layer: int = -1  # 0-based tower layer whose output goes to the projector
     merged: bool = False  # a visual token is made of several patches of the tower
+    packed: int = 0  # patches of a visual token, in towers that pack all pictures into one row and can be cut; else 0
     tiled: bool = False  # pictures are seen as a whole and in tiles, known by number and place
 
 
@@ -127,7 +128,11 @@ class System:
         """An attention call of the vision tower."""
 
     def vision_hidden(self, site: Site, hidden: Tensor) -> Keep | None:
-        """(R, N, C) input of tower layer `site.layer`. A `Keep` (R, N) drops tokens from here to the tower's end."""
+        """(R, N, C) input of tower layer `site.layer`. A `Keep` (R, N) drops tokens from here to the tower's end.
+
+        Towers that pack all pictures into one row (R = 1; `site.pictures.parts`) are asked once more behind their last
+        layer, before patches are merged, with `site.layer` = number of layers.
+        """
 
     def visual_tokens(self, site: Site, embeddings: Tensor) -> Tensor | Keep | None:
         """(B, Q, D) input embeddings of the decoder, visual tokens in place (`site.tokens.visual` says where).

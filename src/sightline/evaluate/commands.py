@@ -30,7 +30,9 @@ On = Annotated[
 ]
 With = Annotated[
     list[str],
-    typer.Option("--with", help="Systems, as var:p=0.4 or a+b; ranges as var:p=0.2..1.0/5. 'none' always runs."),
+    typer.Option(
+        "--with", help="Systems, as var:p=0.4 or a+b; several as var:p=0.2..1.0/5 or var:p=0.2|0.4. 'none' always runs."
+    ),
 ]
 Model = Annotated[str, typer.Option(help="tiny (bundled), a Hub id, or a folder.")]
 Number = Annotated[int | None, typer.Option("--n", help="Questions per task; default: all of a file, 600 on scenes.")]

@@ -19,6 +19,8 @@ from sightline.evaluate.runner import BASELINE, Decoding, Work, configuration, r
 from sightline.evaluate.workers import Here, Workers
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from sightline.engine.system import System
     from sightline.evaluate.task import Task
     from sightline.lvlm import LVLM
@@ -62,7 +64,8 @@ def compare(
 
     Args:
         lvlm: a loaded model, or open workers that hold one each (`cluster.Cluster`, `ranks.Ranks`). tasks: see `finding.find`. combinations: lists of systems; the baseline is added.
-        out: folder for config.json, answers.jsonl, results.json, table.md, table.tex and pareto.png.
+        out: folder for config.json, answers.jsonl, results.json, table.md, table.tex, pareto.png, and for reducers of
+            visual tokens kept.png and kept.md.
         decoding: how answers are generated; greedy in batches of 8 by default.
         cost: measure FLOPs, time and memory too, in `rounds` interleaved rounds (kept in cost.json).
         console: where progress is shown; stderr by default.
@@ -111,11 +114,19 @@ def _write(folder: RunFolder, rows: Sequence[Row], config: Mapping[str, Any], co
     folder.write("table.md", tables.markdown(rows, config, cost))
     folder.write("table.tex", tables.latex(rows, config, cost))
     if cost and len({row.label for row in rows}) > 1:
+        from sightline.evaluate import kept
         from sightline.evaluate.pareto import picture
 
-        drawn = io.BytesIO()
-        picture(rows, cost).savefig(drawn, dpi=150)
-        folder.write("pareto.png", drawn.getvalue())
+        folder.write("pareto.png", _png(picture(rows, cost)))
+        if kept.lines(rows, cost):
+            folder.write("kept.png", _png(kept.picture(rows, cost)))
+            folder.write("kept.md", kept.markdown(kept.against_chance(rows, cost), cost))
+
+
+def _png(sheet: Figure) -> bytes:
+    drawn = io.BytesIO()
+    sheet.savefig(drawn, dpi=150)
+    return drawn.getvalue()
 
 
 @dataclass(frozen=True)

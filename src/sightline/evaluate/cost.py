@@ -12,6 +12,8 @@ warm-up rounds; the median of the rounds is reported. All combinations run on th
     tokens_per_s     new tokens after the first / time after the first
     kv_mib           keys and values after the prefill
     peak_mib         most memory in use during the generation, weights included
+    visual_share     share of the visual tokens that a decoder layer works on, mean over layers and several questions; where
+                     a system keeps all tokens but lets attention see some (`share_of_tokens` of its report), that share
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ from sightline.hosts.base import get
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sightline.engine.attach import Attachment
     from sightline.evaluate.runner import Rows
     from sightline.evaluate.task import Item, Task
     from sightline.lvlm import LVLM
 
-WARMUP, ROUNDS, NEW_TOKENS = 3, 10, 16
+WARMUP, ROUNDS, NEW_TOKENS, SHARE_QUESTIONS = 3, 10, 16, 8
 MIB = 2**20
 
 
@@ -107,6 +110,7 @@ def measure(
             [statistics.quantiles([s[0] for s in samples], n=4)[k] for k in (0, 2)] if rounds > 1 else [prefill] * 2
         )
         found[label] |= {
+            "visual_share": visual_share(lvlm, rows[label], task),
             "prefill_ms": 1e3 * prefill,
             "prefill_ms_quartiles": [1e3 * value for value in spread],
             "ttft_ms": 1e3 * first,
@@ -145,6 +149,34 @@ def count(lvlm: LVLM, systems: tuple, task: Task, item: Item, new_tokens: int = 
     }
 
 
+def visual_share(lvlm: LVLM, systems: tuple, task: Task, questions: int = SHARE_QUESTIONS) -> float:
+    """Visual tokens that the decoder's layers see under `systems`, as a share of those of the plain prompt."""
+    layers = get(get(lvlm.model, lvlm.host.decoder), lvlm.host.layers)
+    placeholders = {
+        getattr(lvlm.model.config, name or "", None) for name in (lvlm.host.image_token, lvlm.host.video_token)
+    }
+    shares = []
+    for item in task.items[:: max(1, len(task.items) // questions)][:questions]:
+        inputs, seen = lvlm.inputs(task.open(item), task.prompt(item)), []
+        with attach(lvlm.model, *systems, host=lvlm.host) as attached, ExitStack() as hooks:
+            for layer in layers:
+                see = _keep_shape(seen, attached)
+                hooks.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+            with torch.inference_mode():
+                lvlm.model(**inputs, use_cache=True, logits_to_keep=1)
+        visual = sum(int((inputs["input_ids"] == token).sum()) for token in placeholders - {None})
+        mean = statistics.mean(tokens for _, tokens in seen) - inputs["input_ids"].shape[1] + visual
+        stated = [mean for found in attached.report().values() for mean in _stated(found)]
+        shares.append(min([mean / visual if visual else 1.0, *stated]))
+    return statistics.mean(shares)
+
+
+def _stated(report: Mapping[str, Any]) -> list[float]:
+    """The share of tokens that attention sees, mean over layers, where a system reports it."""
+    found = report.get("share_of_tokens") or []
+    return [statistics.mean(found)] if found else []
+
+
 def _held(layer: Any) -> int:
     """Tokens in a layer's cache, compressed ones too."""
     return layer.keys.shape[-2] + sum(block.high.shape[1] for block in getattr(layer, "blocks", ()))
@@ -162,9 +194,13 @@ def _macs(decoder: Decoder, seen: list[tuple[int, int]]) -> float:
     return seen[0][0] * decoder.prefill_macs([tokens for _, tokens in seen])
 
 
-def _keep_shape(seen: list[tuple[int, int]]) -> Any:
+def _keep_shape(seen: list[tuple[int, int]], attached: Attachment | None = None) -> Any:
+    """A hook that notes (rows, tokens); of an attachment only in the run that answers, not in further ones of systems."""
+
     def keep(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+        now = attached and attached.sequences.current
+        if not now or not (now.stream or now.second):
+            seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
 
     return keep
 

@@ -45,12 +45,12 @@ def picture(rows: Sequence[Row], cost: Mapping[str, Mapping[str, float]], axis: 
     figure = Figure(figsize=(5.2 * columns, 3.9 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
     labels = list(dict.fromkeys(row.label for row in rows))
-    colours = dict(zip(labels, _colours(len(labels)), strict=True))
+    shades = dict(zip(labels, colours(len(labels)), strict=True))
     for panel, task in zip(panels.flat, tasks, strict=False):
-        _draw(panel, [row for row in rows if row.task == task], cost, axis, colours)
+        _draw(panel, [row for row in rows if row.task == task], cost, axis, shades)
     for panel in list(panels.flat)[len(tasks) :]:
         panel.set_axis_off()
-    marks = [Line2D([], [], marker="o", linestyle="", color=colour, label=label) for label, colour in colours.items()]
+    marks = [Line2D([], [], marker="o", linestyle="", color=colour, label=label) for label, colour in shades.items()]
     marks.append(Line2D([], [], color=FRONT, linewidth=1, label="Pareto front"))
     figure.legend(
         handles=marks, loc="outside lower center", ncols=min(len(marks), 2 * columns), fontsize=9, frameon=False
@@ -58,7 +58,7 @@ def picture(rows: Sequence[Row], cost: Mapping[str, Mapping[str, float]], axis: 
     return figure
 
 
-def _colours(n: int) -> list:
+def colours(n: int) -> list:
     """The baseline dark, the others apart from each other."""
     from matplotlib import colormaps
 

@@ -57,7 +57,7 @@ def _rows(task: Task, found: Mapping[str, tuple[Scored, float]], draws: int) -> 
     tests = [mcnemar(base.correct, found[label][0].correct) for label in others]
     adjusted = dict(zip(others, holm([test.p for test in tests]), strict=True))
     against = {
-        label: _compare(base, found[label][0], adjusted[label], test, draws)
+        label: compared(base, found[label][0], adjusted[label], test, draws)
         for label, test in zip(others, tests, strict=True)
     }
     return [
@@ -66,7 +66,12 @@ def _rows(task: Task, found: Mapping[str, tuple[Scored, float]], draws: int) -> 
     ]
 
 
-def _compare(base: Scored, mine: Scored, adjusted: float, test: Any, draws: int) -> dict[str, Any]:
+def compared(base: Scored, mine: Scored, adjusted: float, test: Any, draws: int) -> dict[str, Any]:
+    """The paired comparison of two rows: difference with interval, McNemar's test, and the word for it.
+
+    Args:
+        adjusted: the test's p, adjusted for the number of rows. test: `stats.mcnemar(base.correct, mine.correct)`.
+    """
     value, low, high = mine.tally.difference(base.tally, mine.main, draws=draws)
     return {
         "metric": mine.main,

@@ -1,4 +1,7 @@
-"""Ranges on the command line: `var:p=0.2..1.0/5` stands for five systems, two ranges for their grid."""
+"""Several systems in one word of the command line: `var:p=0.2..1.0/5` stands for five, `var:p=0.2|0.4|1` for three.
+
+Of several such values the whole grid is meant.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,43 @@ if TYPE_CHECKING:
     from sightline.catalog import Entry
     from sightline.engine.system import System
 
-RANGE = re.compile(r"=(-?[\d.eE+-]+?)\.\.(-?[\d.eE+-]+?)(?:/([^,+/]*))?(?=[,+]|$)")
+SEVERAL = re.compile(r"=([^,+=]*(?:\.\.|\|)[^,+=]*)(?=[,+]|$)")  # a value that stands for several
+RANGE = re.compile(r"(-?[\d.eE+-]+?)\.\.(-?[\d.eE+-]+?)(?:/(.*))?")
 MAX_STEPS, MAX_GRID = 101, 400
 
 
 def expand(spec: str) -> list[str]:
     """The specs that a spec with ranges stands for, itself when it has none.
 
-    "p=0.2..1.0/5" gives 0.2, 0.4, 0.6, 0.8, 1.0; whole numbers stay whole when the steps allow it. Of several ranges all
-    combinations are made, the last one fastest.
+    "p=0.2..1.0/5" gives 0.2, 0.4, 0.6, 0.8, 1.0; whole numbers stay whole when the steps allow it. "p=0.2|0.9" gives 0.2
+    and 0.9. Of several of these all combinations are made, the last one fastest.
 
     Raises:
-        ParameterError: a range is malformed, or there are too many combinations.
+        ParameterError: a range is malformed, a choice empty, or there are too many combinations.
     """
-    parts = RANGE.split(spec)
-    if len(parts) == 1:
-        if ".." in spec:
-            raise ParameterError(f"cannot read the range in {spec!r}: write for example var:p=0.2..1.0/5")
-        return [spec]
-    texts, ranges = parts[0::4], [_values(spec, *parts[k : k + 3]) for k in range(1, len(parts), 4)]
+    parts = SEVERAL.split(spec)
+    texts, several = parts[0::2], [_choices(spec, value) for value in parts[1::2]]
     size = 1
-    for values in ranges:
+    for values in several:
         size *= len(values)
     if size > MAX_GRID:
         raise ParameterError(f"{spec!r} stands for {size} combinations: ask for at most {MAX_GRID}")
-    return ["".join(_weave(texts, chosen)) for chosen in product(*ranges)]
+    return ["".join(_weave(texts, chosen)) for chosen in product(*several)]
+
+
+def _choices(spec: str, value: str) -> list[str]:
+    """What one value stands for."""
+    if "|" in value:
+        choices = [choice.strip() for choice in value.split("|")]
+        if not all(choices):
+            raise ParameterError(f"an empty choice in {spec!r}: write for example var:p=0.2|0.4|1")
+        return choices
+    if "../" in value:  # a path
+        return [value]
+    found = RANGE.fullmatch(value)
+    if found is None:
+        raise ParameterError(f"cannot read the range in {spec!r}: write for example var:p=0.2..1.0/5")
+    return _values(spec, *found.groups())
 
 
 def _weave(texts: list[str], chosen: tuple[str, ...]) -> list[str]:

@@ -32,6 +32,6 @@ def tower_positions(model: Any, layouts: Sequence[Layout], host: Host | ViTHost 
     start, found, before = prefix(model, host), [], 0
     for layout in layouts:
         places, rows = layout.crop_rows
-        found.append(np.where(places >= 0, places + (before, start), -1))
+        found.append(np.where(places >= 0, places + np.array([before, start]), -1))
         before += rows
     return found

@@ -22,8 +22,17 @@ model K of all visual tokens go on after decoder layer `llm_layer`, by the same 
 Against the official code: (1) zero attention counts 0 log 0 = 0 instead of NaN. (2) Equal scores: the lower index stays.
 (3) In the language model heads may be grouped and padding may be on any side. (4) The count is the batch's largest, as
 there: all views of one encoding lose equally many tokens, so that pictures of a batch are not independent. (5) Newline
-tokens are dropped with the first patch, as there. (6) The variant for Qwen2-VL, whose single patches break up its merged
-groups of four, is not offered.
+tokens are dropped with the first patch, as there.
+
+Towers that pack all pictures into one row and merge k = 4 patches into a token (Qwen2-VL and 2.5) have no class token. As in
+the official variant for Qwen2-VL, the mean query of a picture is its relay, S is the number of layers, 2 K tokens' patches
+leave the tower (the last cut is behind its last layer), and K tokens go on after `llm_layer`, at their old positions:
+
+    a_j = mean_h softmax_j(mean_i(q_h[i]) . k_h[j] / sqrt(d)),   score_j = a_j |mean_h v_h[j]|_1,   H with log(p + 1e-7)
+
+That code drops single patches, so that its merger makes tokens of four patches that were no neighbours, and puts them at
+the picture's first positions. `unit="patches"` does the same, one picture a forward; by default whole tokens go, by the
+mean of their patches' cum, and stay where they are, and every picture of a forward is judged by itself.
 
 Cost: one row of attention and one of values per layer, O(N C); the later layers of the tower get cheaper.
 """
@@ -32,6 +41,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, starmap
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +52,10 @@ from sightline.engine.attention import Probe
 from sightline.engine.select import Keep, best, entropy
 from sightline.engine.system import Shape, Site
 from sightline.engine.tokens import Role
-from sightline.errors import HostError, ParameterError
+from sightline.errors import HostError, InputError, ParameterError
 from sightline.prune.parts.tower import Chooser, require_cls
+
+UNITS = ("tokens", "patches")
 
 
 def scores(attention: Tensor, semantic: Tensor, value: Tensor) -> Tensor:
@@ -58,6 +71,22 @@ def prune_count(attention: Tensor, left: int, target: int) -> int:
         return count - target
     even = entropy(attention) / math.log(count)
     return int(((count - target) / left**0.5 * (1 - even**2)).max().round())
+
+
+def mean_scores(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(attention, score), each (n,) fp32, of a picture's patches with their mean query as relay; query ... (H, n, d)."""
+    relay = query.mean(1, keepdim=True)
+    attention = (relay @ key.transpose(-1, -2) * scale).float().softmax(-1).mean(0)[0]
+    return attention, attention * value.mean(0).float().norm(p=1, dim=-1)
+
+
+def mean_prune_count(attention: Tensor, left: int, target: int) -> int:
+    """`prune_count` of the variant without a class token: attention (n,) that sums to 1."""
+    count = len(attention)
+    if left == 0:
+        return count - target
+    even = -(attention * (attention + 1e-7).log()).sum() / math.log(count)
+    return int(((count - target) / left**0.5 * (1 - even**2)).round())
 
 
 def semantics(value: Tensor, scale: float = 1.0) -> Tensor:
@@ -108,33 +137,45 @@ class FlowCut(Chooser):
     ema: float = param(0.5, "weight of the newest score in the moving average", low=0, high=1)
     llm_layer: int = param(1, "decoder layer (0-based) behind which pictures seen in tiles are cut once more", low=0)
     every: int = param(2, "drop after every so many tower layers", low=1)
+    unit: Literal["tokens", "patches"] = param(
+        "tokens", "what goes where patches are merged: whole tokens; patches: single ones, as released for Qwen2-VL"
+    )
 
     def __post_init__(self) -> None:
         check_parameters(self)
+        if self.unit not in UNITS:
+            raise ParameterError(f"flowcut: unit={self.unit!r}: choose one of {', '.join(UNITS)}")
 
     def idle(self) -> bool:
         return self.target_num is None
 
     def prepare(self, shape: Shape) -> dict[str, int | None]:
-        require_cls("flowcut", shape, "choose fopru, or vtc-cls:score=mean-received")
-        if shape.merged:
-            raise HostError(
-                "flowcut drops single patches, but this host merges several into a visual token: choose vtc-cls"
-            )
-        if shape.feature_layer < 1:
-            raise ParameterError("flowcut needs a tower layer before the one that is projected, and there is none")
-        target = self.target_num or 0
-        target = max(1, target // 2) if shape.tiled else target
-        if shape.tiled and self.llm_layer + 1 >= shape.layers:
+        if not shape.packed:
+            require_cls("flowcut", shape, "choose fopru, or vtc-cls:score=mean-received")
+            if shape.merged:
+                raise HostError(
+                    "flowcut drops single patches, but this host merges several into a visual token: choose vtc-cls"
+                )
+            if shape.feature_layer < 1:
+                raise ParameterError("flowcut needs a tower layer before the one that is projected, and there is none")
+        twice = shape.tiled or shape.packed  # cut again in the language model
+        if twice and self.llm_layer + 1 >= shape.layers:
             raise ParameterError(
                 f"flowcut: llm_layer={self.llm_layer} leaves no decoder layer behind it: choose llm_layer in "
                 f"[0, {shape.layers - 2}]"
             )
-        cut = self.llm_layer if shape.tiled else None
-        return {"last": shape.feature_layer, "prefix": shape.tower_prefix, "target": target, "cut": cut}
+        setup = {"prefix": shape.tower_prefix, "packed": shape.packed, "cut": self.llm_layer if twice else None}
+        target = self.target_num or 0
+        if shape.packed:
+            return setup | {"last": shape.tower_layers, "target": 2 * target * shape.packed}
+        return setup | {"last": shape.feature_layer, "target": max(1, target // 2) if shape.tiled else target}
 
     def vision_attention(self, site: Site) -> Probe | None:
         """Score the patches alive in this layer."""
+        if site.setup["packed"]:  # one call per picture or window: scored when all are there
+            site.seen.setdefault("calls", []).append((site.call.query, site.call.key, site.call.value))
+            site.seen["scale"] = site.call.scale
+            return None
         last, prefix, target = (site.setup[k] for k in ("last", "prefix", "target"))
         if site.layer >= last or site.call.keys - prefix <= target:
             return None
@@ -151,6 +192,8 @@ class FlowCut(Chooser):
 
     def vision_hidden(self, site: Site, hidden: Tensor) -> Keep | None:
         """Drop what the layer before this one found superfluous."""
+        if site.setup["packed"]:
+            return self._packed(site, hidden) if site.layer else None
         last, prefix, target = (site.setup[k] for k in ("last", "prefix", "target"))
         count, left = hidden.shape[1] - prefix, last - site.layer  # layers left behind the one before
         if site.layer == 0 or left < 0 or count <= target or left % self.every:
@@ -160,14 +203,45 @@ class FlowCut(Chooser):
         site.seen["cum"] = site.seen["cum"][chosen].view(len(chosen), kept)
         return Keep(torch.nn.functional.pad(chosen, (prefix, 0), value=True))
 
+    def _packed(self, site: Site, hidden: Tensor) -> Keep | None:
+        """The same where all pictures are in one row, each for itself, after the layer before this one."""
+        merged, target, seen = site.setup["packed"], site.setup["target"], site.seen
+        calls, alive = seen.pop("calls"), site.pictures.alive[-1][0]  # (N,)
+        query, key, value = (torch.cat(part, 2)[0].detach() for part in zip(*calls, strict=True))  # (H, N, d)
+        if self.unit == "patches" and len(site.pictures.parts) > 1:
+            raise InputError("flowcut: unit=patches takes one picture a forward, as the released code does")
+        left, keep = site.setup["last"] - site.layer, torch.ones_like(alive, dtype=torch.bool)
+        cum, first = seen.get("cum", torch.zeros(len(alive), device=alive.device)), "cum" not in seen
+        borders = torch.tensor([0, *accumulate(site.pictures.parts)], device=alive.device)
+        for mine in starmap(slice, pairwise(torch.searchsorted(alive, borders).tolist())):
+            count = mine.stop - mine.start
+            if count <= target:
+                continue
+            attention, new = mean_scores(query[:, mine], key[:, mine], value[:, mine], seen["scale"])
+            cum[mine] = new if first else (1 - self.ema) * cum[mine] + self.ema * new
+            if left % self.every == 0:
+                wanted = max(count - mean_prune_count(attention, left, target), target)
+                step = merged if self.unit == "tokens" else 1
+                means = cum[mine].view(-1, step).mean(1)
+                keep[mine] = best(means, -(-wanted // step)).repeat_interleave(step)
+        seen["cum"] = cum[keep]
+        return None if len(seen["cum"]) == len(keep) else Keep(keep[None])
+
     def visual_tokens(self, site: Site, embeddings: Tensor) -> Keep:
-        pictures = site.pictures
+        pictures, merged = site.pictures, site.setup["packed"]
+        if merged:
+            alive = pictures.alive[-1][0]
+            if self.unit == "patches":  # merged ones stand first in the tower's row
+                return self.choose(site, pictures.places.patch[:, 0] // merged < len(alive) // merged)
+            there = torch.zeros(1, pictures.alive[0].shape[1], dtype=torch.bool, device=alive.device)
+            there[0, alive] = True
+            return self.choose(site, pictures.places.pool(there) > 0)
         alive = torch.zeros(pictures.tower, dtype=torch.bool, device=embeddings.device)
         alive = alive.scatter(1, pictures.alive[-1], True)[:, site.setup["prefix"] :]  # (R, N)
         return self.choose(site, pictures.places.pool(alive) > 0)
 
     def attention(self, site: Site) -> None:
-        """Of pictures seen in tiles: score the visual tokens by the last prompt token."""
+        """Of pictures seen in tiles, or packed: score the visual tokens by the last prompt token."""
         if site.layer != site.setup["cut"] or not site.prefill or not site.tokens.has_image:
             return
         call, tokens = site.call, site.tokens
@@ -189,4 +263,4 @@ class FlowCut(Chooser):
     def cut(self, site: Site, hidden: Tensor) -> Keep | None:
         if site.setup["cut"] is None or site.layer != site.setup["cut"] + 1:
             return None
-        return Keep(site.state.pop("keep"), "renumber")
+        return Keep(site.state.pop("keep"), "keep" if site.setup["packed"] else "renumber")

@@ -30,14 +30,14 @@ from sightline.steer.var import VAR, factors, group_members
 IMAGE, GRID, TEXT, NEW = 32000, 24, 64, 32
 
 
-def make_model(layers: int, device: str) -> tf.LlavaForConditionalGeneration:
-    """A random LLaVA: 576 visual tokens from a one-layer tower, Llama decoder of width 1024."""
+def make_model(layers: int, device: str, tower: int = 2) -> tf.LlavaForConditionalGeneration:
+    """A random LLaVA: 576 visual tokens from a small tower, of which the last layer but one is used; Llama of width 1024."""
     torch.manual_seed(0)
     config = tf.LlavaConfig(
         vision_config=tf.CLIPVisionConfig(
             hidden_size=64,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=tower,
             num_attention_heads=1,
             image_size=96,
             patch_size=4,

@@ -65,13 +65,9 @@ def short_prompt(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def counted(model: Any, task: Callable[[], object]) -> tuple[int, int]:
     """(formula of the decoder's layers, counted of everything), multiply-accumulates of one prefill."""
     entered: list[int] = []
-
-    def see(module: Any, args: tuple, kwargs: dict) -> None:
-        entered.append((args[0] if args else kwargs["hidden_states"]).shape[1])
-
     with ExitStack() as hooks, FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as mode:
-        for layer in model.model.language_model.layers:
-            hooks.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+        for layer in model.model.language_model.layers:  # inside the layers, behind the cuts
+            hooks.callback(layer.mlp.register_forward_pre_hook(lambda m, args: entered.append(args[0].shape[1])).remove)
         task()
     return Decoder.of(model.config).prefill_macs(entered), mode.get_total_flops() // 2
 
@@ -93,7 +89,7 @@ def timed(tasks: dict[str, Callable[[], object]], count: int, device: str) -> di
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Per way: seconds, speed-up, its shares of the FLOPs ratios, overhead, peak MB."""
-    model, inputs = make_model(args.layers, args.device), make_inputs(args.device)
+    model, inputs = make_model(args.layers, args.device, tower=4), make_inputs(args.device)
     short = short_prompt(inputs)
 
     def prefill(*systems: object) -> None:

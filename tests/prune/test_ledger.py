@@ -87,8 +87,9 @@ def test_lengths_and_positions(name, slug, plain):
         if name in SEVERAL_AXES:
             continue
         places = column if PLACES.get(slug) == "keep" else torch.arange(length)
-        if slug == "mustdrop":  # new tokens come behind what the thinned cache holds
-            places = torch.cat([torch.arange(entered[0]), torch.arange(stored - STEPS + 1, stored)])
+        if k in sequence.cuts.held:  # of which tokens were taken out: new ones come behind what is left
+            left = sequence.cuts.held[k].index.shape[1]
+            places = torch.cat([torch.arange(entered[0]), left + torch.arange(STEPS - 1)])
         wanted = torch.cat(whole[k])[places]
         assert torch.equal(torch.cat(rotations[k]), wanted), f"positions of layer {k}"
 

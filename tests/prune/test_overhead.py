@@ -69,13 +69,9 @@ def prefill(model):
 def counted(model, work):
     """Multiply-adds of everything, those of the layers by formula, tokens that entered each layer, calls of the tower."""
     entered, calls = [], []
-
-    def see(module, args, kwargs):
-        entered.append((args[0] if args else kwargs["hidden_states"]).shape[1])
-
     with ExitStack() as hooks, FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as mode:
-        for layer in model.model.language_model.layers:
-            hooks.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+        for layer in model.model.language_model.layers:  # inside the layers, behind the cuts
+            hooks.callback(layer.mlp.register_forward_pre_hook(lambda m, args: entered.append(args[0].shape[1])).remove)
         hooks.callback(model.model.vision_tower.register_forward_pre_hook(lambda *_: calls.append(1)).remove)
         work()
     return mode.get_total_flops() / 2, Decoder.of(model.config).prefill_macs(entered), entered, len(calls)

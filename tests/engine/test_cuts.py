@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -451,3 +452,40 @@ def _later(host, inputs, gone: Tensor, ids: Tensor) -> Tensor:
 
     with sl.attach(host.model, toy(attention=blind)):
         return generate(host.model, inputs, logits_processor=[forced])[1]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen3_vl"])
+def test_rows_cost_keys_and_the_queries_that_ask(name, tiny):
+    """The rows are those of the whole layer; of the projections only keys see all tokens."""
+    from sightline.engine import cuts
+
+    host, found, widths = tiny(name), [], []
+    inputs = host.inputs(["Is there a dog?"], [[picture()]])
+
+    def look(site, hidden):
+        if site.layer == 1:
+            found.append(site.cuts.rows(torch.tensor([[2, site.queries - 1]])))
+
+    attention = get(get(host.model, find(host.model).decoder).layers[1], "self_attn")
+    projections = [getattr(attention, f"{n}_proj") for n in "qkv"]
+
+    with sl.attach(host.model, toy(cut=look)):
+        forward(host.model, inputs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuts, "lean", lambda *_: nullcontext())
+            forward(host.model, inputs)
+        assert_close("rows", found[0], found[1], 1e-6)
+        patched = {id(p): k for k, p in enumerate(projections)}
+        plain = torch.nn.Linear.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                torch.nn.Linear,
+                "forward",
+                lambda m, x: (widths.append((patched[id(m)], x.shape[1])) if id(m) in patched else None, plain(m, x))[
+                    1
+                ],
+            )
+            forward(host.model, inputs)
+    whole = inputs["input_ids"].shape[1]
+    assert sorted(widths) == sorted([(0, 2), (1, whole), (0, whole), (1, whole), (2, whole)])  # looked at, then run
+    assert all("forward" not in p.__dict__ for p in projections)

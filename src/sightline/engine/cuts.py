@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.engine.depth import Depth, Held, chosen, cut, mask_of, placed, places_of, spread
+from sightline.engine.lean import lean
 from sightline.engine.mixed import mixed
 from sightline.engine.select import Keep, columns, take
 from sightline.engine.tokens import Role, Tokens
 from sightline.errors import HostError, InputError
+from sightline.hosts import get
 
 if TYPE_CHECKING:
     from sightline.engine.attach import Attachment
@@ -83,7 +85,7 @@ class View:
             queries: (B, R) which tokens of the running block ask; out of range is not checked.
 
         Returns:
-            (B, H, R, M) fp32, no gradient, over this layer's ledger. Costs the layer's projections, and no Q x M map.
+            (B, H, R, M) fp32, no gradient, over this layer's ledger. Costs the layer's keys, and no Q x M map.
         """
         return self._cutter.rows(self._layer, queries)
 
@@ -391,7 +393,9 @@ class Cutter:
         call = self._adapted(layer, module, hidden, kwargs)
         call = {k: v for k, v in call.items() if k not in (*CACHES, "hidden_states")}
         width, held = self.tokens(layer).shape[1], self.cuts.held.get(layer)
-        weights = self.owner.seats[layer].peek(partial(module.forward, hidden, **call), queries, _past(cache, layer))
+        look = partial(module.forward, hidden, **call)
+        with lean(get(module, self.owner.host.attention), self.owner.host, queries):
+            weights = self.owner.seats[layer].peek(look, queries, _past(cache, layer))
         return spread(weights, None if held is None else held.of_heads(width), width)
 
 

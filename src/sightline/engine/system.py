@@ -144,7 +144,7 @@ class System:
         """(B, Q, D) input of decoder layer `site.layer`: which tokens go on from here.
 
         Called only for blocks with image tokens. The last real token of every row always goes on. `site.cuts.rows` shows
-        this layer's attention rows beforehand; they cost its projections.
+        this layer's attention rows beforehand; they cost its keys.
         """
 
     def positions(self, site: Site, positions: Tensor) -> Tensor | None:

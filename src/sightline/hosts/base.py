@@ -39,6 +39,7 @@ class Host:
     attention: str = "self_attn"  # inside a decoder layer
     rotary: str = "rotary_emb"  # inside the decoder: makes the rotary angles from position ids
     input_norm: str = "input_layernorm"  # inside a decoder layer: before its attention
+    query: str = "q_proj"  # inside the attention
     key_value: tuple[str, str] = ("k_proj", "v_proj")  # inside the attention
     mlp: str = "mlp"  # inside a decoder layer
     norm: str = "norm"  # the last norm, inside the decoder

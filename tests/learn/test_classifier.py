@@ -222,7 +222,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-STEPS = {"flowformer": 240, "halonet_h0": 80}  # slow learners; the others: 60
+STEPS = {"flowformer": 240, "volo_d1_224": 240, "halonet_h0": 80}  # slow learners; the others: 60
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from sightline.catalog import entry, parse
 from sightline.engine.attach import attach
 from sightline.engine.record import record
 from sightline.errors import AttachError, InputError, ParameterError, UnknownNameError
-from sightline.evaluate import comparing, results, tables, world
+from sightline.evaluate import comparing, describing, results, tables, world
 from sightline.evaluate.folder import ANSWERS, RunFolder
 from sightline.evaluate.runner import Decoding, Work, answer, generate, run, with_baseline
 from sightline.evaluate.scored import Scored
@@ -218,6 +218,21 @@ def test_noise_is_called_noise():
     worse, same = rows_of(b, base, b)[1:]
     assert worse.against["verdict"] == "worse"
     assert tables.change(same) == "same"
+
+
+def test_captions_are_compared_by_what_they_say_not_by_right_and_wrong():
+    """Every caption names one kind of two less: none was right before, none is after, and yet it is worse."""
+    truth = [("cup", "red"), ("dog", "black"), ("cat", "white")]
+    pictures = [str(k) for k in range(40)]
+    score = lambda said: describing.score_captions([said] * 40, [truth] * 40, pictures)  # noqa: E731
+    task = world.build("caption", n=6, size=SIZE)[0]
+    texts = ("A red cup and a black dog.", "A red cup.", "A red cup and a black dog.")
+    found = {name: (score(text), 1.0) for name, text in zip(("none", "a", "b"), texts, strict=True)}
+    worse, same = results._rows(task, found, draws=200)[1:]
+    assert worse.against["newly_wrong"] == worse.against["newly_right"] == 0
+    assert worse.against["verdict"] == "worse"
+    assert worse.against["p_holm"] == pytest.approx(2 * 2 / 201)
+    assert same.against["verdict"] == "same"
 
 
 def test_results_and_tables(lvlm, relation, console, tmp_path, var):

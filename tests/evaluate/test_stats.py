@@ -110,12 +110,13 @@ def test_paired_difference_is_narrower_and_reproducible():
     rng = np.random.default_rng(2)
     base = tally(rng)
     better = Tally(base.pictures, {**base.counts, "correct": np.minimum(4, base.counts["correct"] + (rng.random(150) < 0.2))}, base.formulas)  # fmt: skip
-    value, low, high = better.difference(base, "accuracy", draws=500, seed=3)
-    assert (value, low, high) == better.difference(base, "accuracy", draws=500, seed=3)
+    value, low, high, p = better.difference(base, "accuracy", draws=500, seed=3)
+    assert p == 2 / 501  # no draw fell to the other side
+    assert (value, low, high, p) == better.difference(base, "accuracy", draws=500, seed=3)
     assert 0 < low <= value <= high
     own = better.intervals(draws=500)["accuracy"]
     assert high - low < 0.6 * (own[1] - own[0])
-    assert base.difference(base, "accuracy", draws=50) == (0, 0, 0)
+    assert base.difference(base, "accuracy", draws=50) == (0, 0, 0, 1)
     other = Tally(base.pictures[:-1], {k: v[:-1] for k, v in base.counts.items()}, base.formulas)
     with pytest.raises(ParameterError, match="different pictures"):
         better.difference(other, "accuracy")

@@ -121,6 +121,7 @@ class Chair:
             tally,
             "chair_i",
             higher_is_better=False,
+            graded=True,
             rules={"words": self.vocabulary.rules},
             details=tuple(judged),
         )

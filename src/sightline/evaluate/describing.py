@@ -62,7 +62,7 @@ def score_captions(
     shares = [("recall", "found", "kinds"), ("precision", "true_mentions", "mentions")]
     tally = Tally.collect(list(zip(pictures, counts, strict=True)), caption_formulas, shares)
     correct = tuple(c["found"] == c["kinds"] and c["true_mentions"] == c["mentions"] for c in counts)
-    return Scored(tally.metrics(), correct, tally, "f1", rules={"words": "scenes"})
+    return Scored(tally.metrics(), correct, tally, "f1", graded=True, rules={"words": "scenes"})
 
 
 def _count(caption: str, truth: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -18,7 +18,6 @@ from sightline.catalog import entry, parse
 from sightline.evaluate.pareto import colours
 from sightline.evaluate.results import DRAWS, Row, compared
 from sightline.evaluate.runner import BASELINE
-from sightline.evaluate.stats import holm, mcnemar
 from sightline.evaluate.tables import PLAIN, figure, number
 
 if TYPE_CHECKING:
@@ -67,16 +66,10 @@ def against_chance(rows: Sequence[Row], cost: Cost, draws: int = DRAWS) -> list[
         points = [(share, row) for points in by_line.values() for share, row in points]
         nearest = [min(chance, key=lambda c, s=share: abs(c[0] - s), default=None) for share, _ in points]
         nearest = [n if n and abs(n[0] - s) <= NEAR else None for n, (s, _) in zip(nearest, points, strict=True)]
-        pairs = [(row, n[1]) for (_, row), n in zip(points, nearest, strict=True) if n]
-        tests = [mcnemar(c.scored.correct, row.scored.correct) for row, c in pairs]
-        adjusted = iter(zip(tests, holm([test.p for test in tests]), strict=True))
+        pairs = [(n[1].scored, row.scored) for (_, row), n in zip(points, nearest, strict=True) if n]
+        found = iter(compared(pairs, draws))
         for (share, row), near in zip(points, nearest, strict=True):
-            if near is None:
-                result.append(Beaten(row, share))
-                continue
-            test, p = next(adjusted)
-            found = compared(near[1].scored, row.scored, p, test, draws)
-            result.append(Beaten(row, share, near[1], near[0], found))
+            result.append(Beaten(row, share, near[1], near[0], next(found)) if near else Beaten(row, share))
     return result
 
 

@@ -54,25 +54,27 @@ def collect(
 def _rows(task: Task, found: Mapping[str, tuple[Scored, float]], draws: int) -> list[Row]:
     base = found[BASELINE][0]
     others = [label for label in found if label != BASELINE]
-    tests = [mcnemar(base.correct, found[label][0].correct) for label in others]
-    adjusted = dict(zip(others, holm([test.p for test in tests]), strict=True))
-    against = {
-        label: compared(base, found[label][0], adjusted[label], test, draws)
-        for label, test in zip(others, tests, strict=True)
-    }
+    against = dict(zip(others, compared([(base, found[label][0]) for label in others], draws), strict=True))
     return [
         Row(task.name, label, len(task.items), scored, scored.tally.intervals(draws=draws), tokens, against.get(label))
         for label, (scored, tokens) in found.items()
     ]
 
 
-def compared(base: Scored, mine: Scored, adjusted: float, test: Any, draws: int) -> dict[str, Any]:
-    """The paired comparison of two rows: difference with interval, McNemar's test, and the word for it.
+def compared(pairs: Sequence[tuple[Scored, Scored]], draws: int) -> list[dict[str, Any]]:
+    """The paired comparison of each (baseline, row): difference with interval, test, and the word for it.
 
-    Args:
-        adjusted: the test's p, adjusted for the number of rows. test: `stats.mcnemar(base.correct, mine.correct)`.
+    p is adjusted for all pairs at once.
     """
-    value, low, high = mine.tally.difference(base.tally, mine.main, draws=draws)
+    found = [_compare(base, mine, draws) for base, mine in pairs]
+    for (base, _), one, p in zip(pairs, found, holm([one["p"] for one in found]), strict=True):
+        one |= {"p_holm": p, "verdict": verdict(one, p, base.higher_is_better)}
+    return found
+
+
+def _compare(base: Scored, mine: Scored, draws: int) -> dict[str, Any]:
+    test = mcnemar(base.correct, mine.correct)
+    value, low, high, p = mine.tally.difference(base.tally, mine.main, draws=draws)
     return {
         "metric": mine.main,
         "difference": value,
@@ -80,19 +82,22 @@ def compared(base: Scored, mine: Scored, adjusted: float, test: Any, draws: int)
         "high": high,
         "newly_wrong": test.only_first,
         "newly_right": test.only_second,
-        "p": test.p,
-        "p_holm": adjusted,
-        "verdict": verdict(test.only_first, test.only_second, adjusted),
+        "paired_test": "bootstrap" if mine.graded else "mcnemar",
+        "p": p if mine.graded else test.p,
     }
 
 
-def verdict(newly_wrong: int, newly_right: int, p: float) -> str:
-    """ "same" when no question changed sides, "noise" when the change may be chance, else "better" or "worse"."""
-    if newly_wrong == newly_right == 0:
+def verdict(found: Mapping[str, Any], p: float, higher_is_better: bool) -> str:
+    """ "same" when nothing changed that the test counts, "noise" when it may be chance, else "better" or "worse"."""
+    if found["paired_test"] == "bootstrap":
+        same, gain = found["low"] == found["high"] == 0, found["difference"] * (1 if higher_is_better else -1)
+    else:
+        same, gain = found["newly_wrong"] == found["newly_right"] == 0, found["newly_right"] - found["newly_wrong"]
+    if same:
         return "same"
     if p >= LEVEL:
         return "noise"
-    return "better" if newly_right > newly_wrong else "worse"
+    return "better" if gain > 0 else "worse"
 
 
 def to_json(rows: Sequence[Row], config: Mapping[str, Any], cost: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def to_json(rows: Sequence[Row], config: Mapping[str, Any], cost: Mapping[str, A
         "statistics": {
             "confidence": 0.95,
             "bootstrap_draws": DRAWS,
-            "paired_test": "McNemar exact, Holm over the rows of a task",
+            "paired_test": "McNemar exact (captions: paired bootstrap over pictures), Holm over the rows of a task",
             "noise": f"p >= {LEVEL}",
         },
         "cost": dict(cost or {}),

@@ -14,7 +14,7 @@ from sightline.evaluate.stats import Tally
 class Scored:
     """Metrics of one system on one task, with one decision per question.
 
-    `correct` feeds the paired test; `tally` the intervals. Shares are in [0, 1].
+    `correct` feeds the paired test; `tally` the intervals, and the paired test where the metric is `graded`. Shares are in [0, 1].
     """
 
     metrics: dict[str, float]
@@ -22,6 +22,7 @@ class Scored:
     tally: Tally
     main: str  # the metric by which systems are ranked
     higher_is_better: bool = True
+    graded: bool = False  # an answer is more or less right (a caption): right or wrong alone would hide a difference
     rules: dict[str, Any] = field(default_factory=dict)  # how answers were read: stated in the result
     details: tuple[dict[str, Any], ...] = ()  # per question: what was read
 

@@ -147,8 +147,10 @@ class Tally:
 
     def difference(
         self, baseline: Tally, metric: str, confidence: float = 0.95, draws: int = 1000, seed: int = 0
-    ) -> tuple[float, float, float]:
-        """(difference, low, high) of a metric against a baseline on the same pictures, by drawing both alike.
+    ) -> tuple[float, float, float, float]:
+        """(difference, low, high, p) of a metric against a baseline on the same pictures, by drawing both alike.
+
+        p: two-sided, twice the share of draws on the other side of zero; at least 2 / (draws + 1).
 
         Raises:
             ParameterError: the pictures differ.
@@ -156,8 +158,9 @@ class Tally:
         if self.pictures != baseline.pictures:
             raise ParameterError("the two tallies are of different pictures: a paired difference needs the same ones")
         mine, theirs = self.replicates(draws, seed)[metric], baseline.replicates(draws, seed)[metric]
-        value = self.metrics()[metric] - baseline.metrics()[metric]
-        return value, *_quantiles(mine - theirs, confidence)
+        value, drawn = self.metrics()[metric] - baseline.metrics()[metric], mine - theirs
+        beyond = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+        return value, *_quantiles(drawn, confidence), min(1.0, 2 * beyond / (draws + 1))
 
 
 def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:

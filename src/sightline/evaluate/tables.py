@@ -112,7 +112,8 @@ def notes(config: Mapping[str, Any]) -> list[str]:
     lines.append(
         "Intervals: Wilson for shares, else bootstrap over pictures. Against none: paired difference (bootstrap over "
         "pictures); the word comes from McNemar's exact test on the same questions (captions: from the paired bootstrap), "
-        "Holm-adjusted: noise is p >= 0.05, same means that no answer changed between right and wrong."
+        "Holm-adjusted: noise is p >= 0.05, same means that no answer changed between right and wrong. A bootstrap of "
+        "answers that are all right has no width: read 100.0 [100.0, 100.0] as too few questions."
     )
     return lines
 

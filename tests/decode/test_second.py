@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 import sightline as sl
 from sightline.decode import AGLA, DAMRO, LQCD, VDGD
 from sightline.engine import joined, prompts
-from sightline.engine.sequences import made_cache
+from sightline.engine.sequences import KEY, made_cache
 from sightline.errors import InputError
 from tests.engine.numerics import assert_close
 from tests.engine.whole import generate
@@ -102,6 +104,26 @@ def test_a_cache_is_given_back_as_it_was(case, tiny) -> None:
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         again = host.model(input_ids=out.sequences[:, -1:], attention_mask=mask, cache=cache).logits
     assert again.isfinite().all()
+
+
+def test_caches_go_with_their_last_reference(tiny) -> None:
+    """Keys and values of both streams leave at once, not when the garbage collector comes around."""
+    host = tiny("llava")
+    gc.collect()
+    gc.disable()
+    try:
+        with sl.attach(host.model, DAMRO()):
+            out = host.model.generate(
+                **inputs(host), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            cache = weakref.ref(made_cache(out))
+            second = weakref.ref(next(iter(getattr(cache(), KEY).seconds.values())))
+            assert second() is not None
+            del out
+        assert cache() is None
+        assert second() is None
+    finally:
+        gc.enable()
 
 
 def test_a_copied_cache_goes_on_alone(tiny) -> None:

@@ -10,6 +10,7 @@ go through the model once for both streams (`joined`).
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -251,10 +252,17 @@ def last_real(mask: Any, ids: Tensor | None, scored: int) -> Tensor | None:
 
 
 class _Both:
-    """An operation on a cache that the caches of its second streams follow. It is copied with the cache."""
+    """An operation on a cache that the caches of its second streams follow. It is copied with the cache.
+
+    It hangs on the cache, so it must not keep it alive: keys and values would stay until the garbage collector comes.
+    """
 
     def __init__(self, cache: Any, name: str) -> None:
-        self.cache, self.name = cache, name
+        self._cache, self.name = weakref.ref(cache), name
+
+    @property
+    def cache(self) -> Any:
+        return self._cache()
 
     def __deepcopy__(self, memo: dict) -> _Both:
         found = _Both(copy.deepcopy(self.cache, memo), self.name)

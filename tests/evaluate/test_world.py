@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,11 +135,22 @@ def test_detail_is_seen_at_three_sizes(tasks):
     assert parts == [0, 0, 1]
 
 
-def layout():
+def layout(half=10):
     """2 x 2 tokens of 10 pixels on a picture of 20."""
-    boxes = np.array([[0, 0, 10, 10], [10, 0, 20, 10], [0, 10, 10, 20], [10, 10, 20, 20]], np.float32)
+    boxes = half * np.array([[0, 0, 1, 1], [1, 0, 2, 1], [0, 1, 1, 2], [1, 1, 2, 2]], np.float32)
     cells = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-    return Layout((20, 20), boxes, np.zeros(4, int), cells, ((2, 2),), ((0,), (1,), (2,), (3,)))
+    return Layout((2 * half, 2 * half), boxes, np.zeros(4, int), cells, ((2, 2),), ((0,), (1,), (2,), (3,)))
+
+
+def test_pointing_puts_attention_where_the_tokens_left_were():
+    """Two tokens of the picture are left: the hotter one is found at its own place, not at the second."""
+    made = world.build("pointing", n=1, size=SIZE)[0]
+    host = SimpleNamespace(layouts=lambda *_: [layout(SIZE // 2)])
+    lvlm = SimpleNamespace(host=host, processor=None, model=None)
+    rows, places = torch.tensor([0.1, 0.6]).view(1, 1, 1, 1, 2), torch.tensor([[0, 3]])
+    seen = SimpleNamespace(rows=rows, places=places)
+    (found,) = made.observe(lvlm, made.items[:1], {}, seen)
+    assert found["at"] == [42, 42]
 
 
 def test_pointing_by_hand():

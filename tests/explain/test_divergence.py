@@ -90,6 +90,8 @@ def test_bad_input():
         explain.vision_heads(model, [], [])
     with pytest.raises(ParameterError, match=r"\[1, 4\]"):
         explain.token_divergence(model, asked.images[0], asked.questions[0], "a dog", top=5)
+    with pytest.raises(InputError, match="no tokens"):
+        explain.token_divergence(model, asked.images[0], asked.questions[0], " ")
     with pytest.raises(InputError, match="no words"):
         explain.token_ranks(model, asked.images[0], asked.questions[0], [])
 

@@ -24,9 +24,9 @@ from sightline.engine.attach import attach
 from sightline.engine.attention import Edit
 from sightline.engine.streams import last_prompt
 from sightline.engine.system import Site, System
-from sightline.errors import InputError, ParameterError
+from sightline.errors import ParameterError
 from sightline.explain.observing import prefill, prompts
-from sightline.explain.scoring import answer_ids
+from sightline.explain.scoring import answered
 from sightline.steer.vhr import head_divergence
 
 if TYPE_CHECKING:
@@ -138,15 +138,7 @@ def token_divergence(
     """
     inputs = prompts(lvlm, [image], [question])
     tokenizer, prompt = lvlm.processor.tokenizer, inputs["input_ids"]
-    if answer is None:
-        with torch.no_grad():
-            made = lvlm.model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)
-        special = set(tokenizer.all_special_ids)
-        ids = [i for i in made[0, prompt.shape[1] :].tolist() if i not in special]
-    else:
-        ids = answer_ids(tokenizer, prompt[0], answer)
-    if not ids:
-        raise InputError(f"the answer {answer!r} has no tokens: give some text")
+    ids = answered(lvlm, inputs, answer, length)
     heads = lvlm.model.config.get_text_config().num_attention_heads
     if top is not None and not 1 <= top <= heads:
         raise ParameterError(f"top={top!r} is out of range; choose top in [1, {heads}] heads")

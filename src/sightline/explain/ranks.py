@@ -25,7 +25,7 @@ from sightline.engine.attach import attach
 from sightline.engine.system import Site, System
 from sightline.errors import InputError
 from sightline.explain.observing import prompts
-from sightline.explain.scoring import answer_ids
+from sightline.explain.scoring import answer_ids, answered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,19 +103,9 @@ def base_ranks(
     Raises:
         InputError: the answer is empty, or the vocabulary of `base` is another one.
     """
-    if answer is not None and not answer.strip():
-        raise InputError(f"the answer {answer!r} has no tokens: give some text")
     inputs = prompts(lvlm, [image], [question])
     prompt, tokenizer = inputs["input_ids"], lvlm.processor.tokenizer
-    if answer is None:
-        with torch.no_grad():
-            made = lvlm.model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)
-        special = set(tokenizer.all_special_ids)
-        ids = [i for i in made[0, prompt.shape[1] :].tolist() if i not in special]
-    else:
-        ids = answer_ids(tokenizer, prompt[0], answer)
-    if not ids:
-        raise InputError("the model answers nothing: give an answer")
+    ids = answered(lvlm, inputs, answer, length)
     words = prompt[:, prompt[0] != getattr(lvlm.model.config, lvlm.host.image_token)]
     whole = torch.cat([words, torch.tensor([ids], dtype=words.dtype, device=words.device)], 1)
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sightline.engine.attach import attach
+from sightline.errors import InputError
 from sightline.explain.observing import prompts
 
 if TYPE_CHECKING:
@@ -75,6 +76,26 @@ def answer_ids(tokenizer: Any, prompt: Tensor, answer: str) -> list[int]:
     if len(whole) > len(before) and whole[: len(before)] == before:
         return whole[len(before) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the border is inside a token
+
+
+def answered(lvlm: LVLM, inputs: Any, answer: str | None, length: int) -> list[int]:
+    """Tokens of `answer` behind the one prompt in `inputs`; None: the model's greedy answer of at most `length` tokens.
+
+    Raises:
+        InputError: the answer is empty.
+    """
+    prompt, tokenizer = inputs["input_ids"], lvlm.processor.tokenizer
+    if answer is not None and not answer.strip():
+        raise InputError(f"the answer {answer!r} has no tokens: give some text")
+    if answer is not None:
+        return answer_ids(tokenizer, prompt[0], answer)
+    with torch.no_grad():
+        made = lvlm.model.generate(**inputs, max_new_tokens=length, do_sample=False, num_beams=1)
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in made[0, prompt.shape[1] :].tolist() if i not in special]
+    if not ids:
+        raise InputError("the model answers nothing: give an answer")
+    return ids
 
 
 def _generate(lvlm: LVLM, inputs: Any, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from sightline.errors import InputError, ParameterError
 from sightline.learn import conversation, instruct
+from sightline.learn.data import scene_of
 from sightline.learn.recipe import TOY, Plan
 
 
@@ -19,12 +21,16 @@ def changed(module, before):
     return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
 
 
+def picture(k, processor):
+    return instruct.picture_sample(*scene_of("instruct", k, TOY.seed, TOY.shape.image), TOY, processor)
+
+
 @pytest.mark.parametrize(("stage", "parts"), [(1, {"multi_modal_projector"}),
                                               (2, {"multi_modal_projector", "language_model"})])  # fmt: skip
 def test_a_stage_changes_only_what_it_trains(toy, toy_processor, tmp_path, stage, parts):
     before = state(toy.model)
     plan = Plan(3, 2, 1e-2, warmup=1)
-    trainer = instruct.train(toy, toy_processor, lambda k: instruct.world_sample(k, TOY, toy_processor), stage,
+    trainer = instruct.train(toy, toy_processor, lambda k: picture(k, toy_processor), stage,
                              plan, tmp_path, precision=None)  # fmt: skip
     assert trainer.step == 3
     assert {name.split(".")[0] for name in changed(toy.model, before)} == parts
@@ -36,7 +42,7 @@ def batch_of(samples, processor):
 
 
 def test_loss_is_that_of_the_models_own_forward(toy, toy_processor):
-    sample = instruct.world_sample(3, TOY, toy_processor)
+    sample = picture(3, toy_processor)
     batch = batch_of([sample], toy_processor)
     with torch.no_grad():
         mine, _ = instruct.loss_of(batch, toy)
@@ -47,13 +53,34 @@ def test_loss_is_that_of_the_models_own_forward(toy, toy_processor):
 
 
 def test_loss_does_not_depend_on_padding_or_batch_mates(toy, toy_processor):
-    samples = [instruct.world_sample(k, TOY, toy_processor) for k in range(3)]
+    samples = [picture(k, toy_processor) for k in range(3)]
     weights = torch.tensor([sum(label != -100 for label in s.labels) for s in samples], dtype=torch.float)
     with torch.no_grad():
         alone = torch.stack([instruct.loss_of(batch_of([s], toy_processor), toy)[0] for s in samples])
         together = instruct.loss_of(batch_of(samples, toy_processor), toy)[0]
     assert len({len(s.ids) for s in samples}) > 1
     torch.testing.assert_close(together, (alone * weights).sum() / weights.sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_every_other_batch_of_the_toy_is_text_with_every_token_supervised(toy_processor):
+    samples = [instruct.world_sample(k, TOY, toy_processor) for k in range(8)]
+    assert (TOY.text_every, TOY.instruct.batch) == (2, 2)
+    assert [s.pixels is None for s in samples] == [False, False, True, True] * 2
+    for sample in samples:
+        supervised = [label for label in sample.labels if label != conversation.IGNORED]
+        assert (supervised == sample.ids) == (sample.pixels is None)
+        assert (toy_processor.image_token_id in sample.ids) == (sample.pixels is not None)
+    pictures = replace(TOY, text_every=0)
+    assert all(instruct.world_sample(k, pictures, toy_processor).pixels is not None for k in range(4))
+
+
+def test_stage_1_refuses_records_without_a_picture(toy_processor, records):
+    path, folder = records
+    path = path.with_name("first.json")
+    path.write_text(json.dumps([{**row, "conversations": row["conversations"][:2]}
+                                for row in json.loads(records[0].read_text())]))  # fmt: skip
+    with pytest.raises(InputError, match="record 'text' has no picture"):
+        instruct.Records(path, folder, toy_processor, 1)
 
 
 def test_records_of_a_file_are_shuffled_anew_each_epoch_and_keep_text_only(toy, toy_processor, records):

@@ -8,6 +8,7 @@ import torch
 from sightline.engine.attach import MARK
 from sightline.errors import InputError
 from sightline.learn import conversation, instruct
+from sightline.learn.data import scene_of
 from sightline.learn.recipe import TOY, Plan
 from sightline.steer import AKIMMA, CCA
 from sightline.steer.aki_mma import modality_mutual_mask
@@ -16,8 +17,12 @@ from sightline.steer.cca import concentric_mask, concentric_positions
 SIDE = TOY.shape.grid
 
 
+def picture(index: int, processor) -> conversation.Sample:
+    return instruct.picture_sample(*scene_of("instruct", index, TOY.seed, TOY.shape.image), TOY, processor)
+
+
 def one(processor, index: int = 3) -> dict[str, torch.Tensor]:
-    sample = instruct.world_sample(index, TOY, processor)
+    sample = picture(index, processor)
     return conversation.collate([sample], processor.tokenizer.pad_token_id)
 
 
@@ -58,7 +63,7 @@ def test_the_loss_is_that_of_mask_and_positions_by_hand(toy, toy_processor, syst
 def test_a_stage_with_a_system(toy, toy_processor, tmp_path, system, recwarn):
     before = toy.model.language_model.layers[0].self_attn.q_proj.weight.clone()
     plan = Plan(2, 2, 1e-2, warmup=1)
-    make = lambda k: instruct.world_sample(k, TOY, toy_processor)  # noqa: E731
+    make = lambda k: picture(k, toy_processor)  # noqa: E731
     trainer = instruct.train(toy, toy_processor, make, 2, plan, tmp_path, precision=None, systems=[system])
     assert trainer.step == 2
     assert all(torch.isfinite(p).all() for p in toy.parameters())

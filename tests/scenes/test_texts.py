@@ -68,10 +68,10 @@ def _holds(a, relation, b):
 
 
 @settings(max_examples=120, deadline=None)
-@given(SEEDS)
-def test_every_answer_is_true(seed):
+@given(SEEDS, st.booleans())
+def test_every_answer_is_true(seed, traps):
     scene = scenes.draw(seed)
-    asked = scenes.questions(scene, _rng(seed), 16)
+    asked = scenes.questions(scene, _rng(seed), 16, traps=traps)
     assert len({q.text for q in asked}) == len(asked) >= 5
     for question in asked:
         assert question.answer == _expected(scene, question), question.text
@@ -98,15 +98,16 @@ def test_yes_and_no_are_balanced():
     assert 0.43 < sum(q.truth == "yes" for q in asked) / len(asked) < 0.57
 
 
-def test_negatives_lean_towards_what_the_place_suggests():
+@pytest.mark.parametrize(("traps", "least", "most"), [(True, 0.5, 0.9), (False, 0.15, 0.4)])
+def test_traps_lean_towards_what_the_place_suggests(traps, least, most):
     asked = [
         q.text.split()[3]
         for s in range(120)
-        for q in scenes.questions(scenes.draw(s, context="kitchen"), _rng(s), 6, ("exist",))
+        for q in scenes.questions(scenes.draw(s, context="kitchen"), _rng(s), 6, ("exist",), traps=traps)
         if q.truth == "no"
     ]
     home = {"cup", "plate", "bottle", "fork", "bowl", "table", "chair", "clock", "cat", "lamp"}
-    assert 0.5 < np.mean([kind in home for kind in asked]) < 0.9
+    assert least < np.mean([kind in home for kind in asked]) < most
 
 
 def test_detail_questions_point_at_the_mark():

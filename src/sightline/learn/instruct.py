@@ -124,19 +124,39 @@ def _same_systems(folder: Path, name: str, spec: str) -> None:
 
 
 def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:
-    """A picture of the world: a quarter with a caption (a short one leads on to questions), the others with questions."""
+    """Sample `index` of the stage "instruct": every `recipe.text_every`-th batch is text alone, the others are pictures.
+
+    Absent things asked about are any (no traps): a model that is never set right on what a place merely suggests keeps
+    its priors, as large ones do.
+    """
     scene, rng = scene_of("instruct", index, recipe.seed, recipe.shape.image)
+    if recipe.text_every and index // recipe.instruct.batch % recipe.text_every == recipe.text_every - 1:
+        return text_sample(scene, rng, recipe, processor)
+    return picture_sample(scene, rng, recipe, processor)
+
+
+def picture_sample(scene: scenes.Scene, rng: np.random.Generator, recipe: Recipe, processor: LlavaProcessor) -> Sample:
+    """A picture: for a quarter of them a caption (a short one leads on to questions), for the others questions."""
     if rng.random() < 0.25:
         style = "detailed" if rng.random() < 0.75 else "short"
         turns = [(describe(rng, style), scenes.caption(scene, rng, style))]
-        if style == "short":
-            asked = scenes.questions(scene, rng, recipe.turns // 2, kinds=MIX)
-            turns += [(rephrase(q, rng), q.answer) for q in asked]
+        turns += _asked(scene, rng, recipe.turns // 2) if style == "short" else []
     else:
-        asked = scenes.questions(scene, rng, recipe.turns, kinds=MIX)
-        turns = [(rephrase(q, rng), q.answer) for q in asked]
+        turns = _asked(scene, rng, recipe.turns)
     ids, labels = conversation.encode(turns, processor, recipe.shape.grid**2, stage=2)
     return Sample(ids, labels, np.asarray(scene.image))
+
+
+def text_sample(scene: scenes.Scene, rng: np.random.Generator, recipe: Recipe, processor: LlavaProcessor) -> Sample:
+    """The same without a picture, every token supervised: what a decoder knows of the world from text alone."""
+    style = "detailed" if rng.random() < 0.75 else "short"
+    turns = [(describe(rng, style), scenes.caption(scene, rng, style)), *_asked(scene, rng, recipe.turns // 2)]
+    ids, _ = conversation.encode(turns, processor, 0, stage=2)
+    return Sample(ids, list(ids), None)
+
+
+def _asked(scene: scenes.Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
+    return [(rephrase(q, rng), q.answer) for q in scenes.questions(scene, rng, turns, kinds=MIX, traps=False)]
 
 
 class Records:
@@ -155,6 +175,11 @@ class Records:
         self.turns = [conversation.check(row, images) for row in self.rows]
         if stage == 1 and any(len(turns) != 1 for turns in self.turns):
             raise InputError(f"{path}: stage 1 takes one question and one answer per record; use stage 2 for dialogues")
+        bare = next((row for row in self.rows if "image" not in row), None) if stage == 1 else None
+        if bare is not None:
+            raise InputError(
+                f"{path}: record {bare.get('id', '?')!r} has no picture; stage 1 aligns pictures, leave it out"
+            )
         crop = processor.image_processor.crop_size
         self.side = crop["height"] if isinstance(crop, dict) else crop.height
         self.tokens = (self.side // processor.patch_size) ** 2 + processor.num_additional_image_tokens

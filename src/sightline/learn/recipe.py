@@ -55,17 +55,19 @@ class Recipe:
     """Everything that determines a tiny LLaVA.
 
     `patches`: visual tokens shown of each picture in the stage "read", whose first `simple` pictures are asked only for
-    what is there and for colours. `turns`: questions per picture there and in "instruct".
+    what is there and for colours. `turns`: questions per picture there and in "instruct". `text_every`: every so many
+    batches of "instruct" one is text without pictures (0: none).
     """
 
     shape: Shape = field(default_factory=Shape)
-    tower: Plan = Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.05)
+    tower: Plan = Plan(steps=2500, batch=16, lr=1e-3, weight_decay=0.05)
     name: Plan = Plan(steps=400, batch=16, lr=3e-3, weight_decay=0.0, warmup=20)
     read: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
     instruct: Plan = Plan(steps=2400, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
     patches: int = 48
     simple: int = 2000
     turns: int = 12
+    text_every: int = 4
     seed: int = 0
 
     def plan(self, stage: str) -> Plan:
@@ -106,5 +108,6 @@ TOY = Recipe(
     patches=6,
     simple=2,
     turns=2,
+    text_every=2,
 )  # fmt: skip
 PRESETS = {"tiny": Recipe(), "toy": TOY}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,18 +65,26 @@ def choose(rng: np.random.Generator, items: Sequence):
     return items[int(rng.integers(len(items)))]
 
 
-def absent_kind(scene: Scene, rng: np.random.Generator) -> str:
-    """A kind that is not there: half the time any, half the time one that the place and its objects suggest."""
+Absent = Callable[[Scene, np.random.Generator], str]
+
+
+def any_absent(scene: Scene, rng: np.random.Generator) -> str:
+    """A kind that is not there, each as likely."""
     present = set(scene.counts())
-    expected = likely(CONTEXTS[scene.context], present)
-    if expected and rng.random() < 0.5:
-        return pick(rng, expected)
     return choose(rng, [kind for kind in KINDS if kind not in present])
 
 
-def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
+def absent_kind(scene: Scene, rng: np.random.Generator) -> str:
+    """A kind that is not there: half the time any, half the time one that the place and its objects suggest."""
+    expected = likely(CONTEXTS[scene.context], set(scene.counts()))
+    if expected and rng.random() < 0.5:
+        return pick(rng, expected)
+    return any_absent(scene, rng)
+
+
+def _exist(scene: Scene, rng: np.random.Generator, absent: Absent = absent_kind) -> Question | None:
     truth = bool(scene.objects) and rng.random() < 0.5
-    kind = choose(rng, list(scene.counts())) if truth else absent_kind(scene, rng)
+    kind = choose(rng, list(scene.counts())) if truth else absent(scene, rng)
     about = [i for i, thing in enumerate(scene.objects) if thing.kind == kind]
     return _yes("exist", f"Is there {with_article(kind)} in the image?", truth, scene, about)
 
@@ -90,10 +99,10 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("colour", text, sentence(thing.colour), thing.colour, (i,), (thing.box,))
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
+def _count(scene: Scene, rng: np.random.Generator, absent: Absent = absent_kind) -> Question | None:
     counts = scene.counts()
     weights = {kind: float(n) ** 1.5 for kind, n in counts.items() if n <= 5}
-    kind = pick(rng, weights) if weights and rng.random() < 0.85 else absent_kind(scene, rng)
+    kind = pick(rng, weights) if weights and rng.random() < 0.85 else absent(scene, rng)
     about = tuple(i for i, thing in enumerate(scene.objects) if thing.kind == kind)
     text = f"How many {KINDS[kind].plural} are there?"
     boxes = tuple(scene.objects[i].box for i in about)
@@ -126,7 +135,7 @@ def _detail(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("detail", text, sentence(thing.mark), thing.mark, (i,), (thing.mark_box,))
 
 
-def _leading(scene: Scene, rng: np.random.Generator) -> Question | None:
+def _leading(scene: Scene, rng: np.random.Generator, absent: Absent = absent_kind) -> Question | None:
     truth = rng.random() < 0.5
     unique = _unique(scene)
     if unique and rng.random() < 0.5:
@@ -135,7 +144,7 @@ def _leading(scene: Scene, rng: np.random.Generator) -> Question | None:
         said = thing.colour if truth else sample_colour(rng, other_than=thing.colour)
         return _yes("leading", f"The {thing.kind} is {said}, isn't it?", truth, scene, (i,))
     truth = truth and bool(scene.objects)
-    kind = choose(rng, list(scene.counts())) if truth else absent_kind(scene, rng)
+    kind = choose(rng, list(scene.counts())) if truth else absent(scene, rng)
     about = [i for i, thing in enumerate(scene.objects) if thing.kind == kind]
     return _yes("leading", f"There is {with_article(kind)} in the image, isn't there?", truth, scene, about)
 
@@ -153,14 +162,22 @@ ASKERS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "leading": _leading,
     "context": _context,
 }
+PLAIN_ASKERS = {
+    **ASKERS,
+    "exist": partial(_exist, absent=any_absent),
+    "count": partial(_count, absent=any_absent),
+    "leading": partial(_leading, absent=any_absent),
+}  # no traps: as in data that nobody made to catch a model, absent things asked about are any
 
 
-def questions(scene: Scene, rng: np.random.Generator, n: int, kinds: Sequence[str] = tuple(ASKERS)) -> list[Question]:
+def questions(scene: Scene, rng: np.random.Generator, n: int, kinds: Sequence[str] = tuple(ASKERS), *,
+              traps: bool = True) -> list[Question]:  # fmt: skip
     """Up to `n` different questions, taking the kinds in turn in a random order.
 
-    Fewer come back only where the scene has no more to ask (no mark, no unique object, ...).
+    Fewer come back only where the scene has no more to ask (no mark, no unique object, ...). `traps`: half of the absent
+    things asked about are such as the place and its objects suggest; without, each absent kind is as likely.
     """
-    return take_turns(ASKERS, scene, rng, n, kinds)
+    return take_turns(ASKERS if traps else PLAIN_ASKERS, scene, rng, n, kinds)
 
 
 def take_turns(

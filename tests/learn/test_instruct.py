@@ -62,16 +62,16 @@ def test_loss_does_not_depend_on_padding_or_batch_mates(toy, toy_processor):
     torch.testing.assert_close(together, (alone * weights).sum() / weights.sum(), atol=1e-5, rtol=1e-5)
 
 
-def test_every_other_batch_of_the_toy_is_text_with_every_token_supervised(toy_processor):
-    samples = [instruct.world_sample(k, TOY, toy_processor) for k in range(8)]
-    assert (TOY.text_every, TOY.instruct.batch) == (2, 2)
+def test_every_other_batch_of_settling_is_text_with_every_token_supervised(toy_processor):
+    samples = [instruct.settle_sample(k, TOY, toy_processor) for k in range(8)]
+    assert (TOY.text_every, TOY.settle.batch) == (2, 2)
     assert [s.pixels is None for s in samples] == [False, False, True, True] * 2
     for sample in samples:
         supervised = [label for label in sample.labels if label != conversation.IGNORED]
         assert (supervised == sample.ids) == (sample.pixels is None)
         assert (toy_processor.image_token_id in sample.ids) == (sample.pixels is not None)
     pictures = replace(TOY, text_every=0)
-    assert all(instruct.world_sample(k, pictures, toy_processor).pixels is not None for k in range(4))
+    assert all(instruct.settle_sample(k, pictures, toy_processor).pixels is not None for k in range(4))
 
 
 def test_stage_1_refuses_records_without_a_picture(toy_processor, records):

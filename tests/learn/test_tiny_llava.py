@@ -77,7 +77,7 @@ def test_command_trains_and_reports(tmp_path):
     assert "POPE random" in done.output
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"| POPE random | {results['pope']['random']['n']} | {results['pope']['random']['accuracy']} |" in card
-    assert all(f"| {stage} | 2 x 2 |" in card for stage in STAGES)
+    assert all(f"| {stage} | {TOY.plan(stage).steps} x 2 |" in card for stage in STAGES)
 
 
 @pytest.mark.parametrize(("arguments", "error"), [

@@ -56,17 +56,23 @@ def _measured(results: dict) -> str:
     return _table(["task", "questions", "accuracy %", "more"], rows) + "\n\n" + text
 
 
+def _each(layers: dict[int, dict], key: str, scale: float, form: str) -> str:
+    return ", ".join(format(scale * (row[key] or 0.0), form) for row in layers.values())
+
+
 def _sinks(measured: dict) -> str:
     layers = measured["layers"]
 
     def over(key: str) -> str:
         return ", ".join(f"{row[key]:.2f}" for row in layers)
 
-    found = [k for k, row in enumerate(layers) if row["sinks"] >= 0.5]  # in every other picture at least
+    found = {k: row for k, row in enumerate(layers) if row["sinks"] >= 0.5}  # in every other picture at least
     verdict = (
-        f"Visual tokens over the threshold: entering layers {', '.join(map(str, found))}."
+        f"Visual tokens over the threshold, entering layers {', '.join(map(str, found))}: "
+        f"{_each(found, 'sinks', 1, '.0f')} of them, {_each(found, 'sinks_on_background', 100, '.0f')} % on the background, with "
+        f"{_each(found, 'mass_sinks', 100, '.0f')} % of the attention."
         if found
-        else "At no layer is a visual token over the threshold in as many as half of the pictures, and the start token is below it: "
+        else "At no layer is a visual token over the threshold in as many as half of the pictures: "
         "**no sinks have emerged**, and `var` with its own threshold changes nothing on this model."
     )
     return (

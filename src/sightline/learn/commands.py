@@ -48,8 +48,10 @@ def tiny_llava(
     preset: Annotated[str, typer.Option(help="tiny (the bundled model) or toy (seconds, for trying).")] = "tiny",
     scale: Annotated[float, typer.Option(help="Multiply every stage's steps by this.")] = 1.0,
     minutes: Annotated[float | None, typer.Option(help="Train for this long at most, learning rates included.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the instruction stage, instead of the recipe's.")] = None,
-    only: Annotated[str | None, typer.Option(help="Stop after this stage: tower, name, read or instruct.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the last stage, instead of the recipe's.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Stop after this stage: tower, name, read, instruct or settle.")
+    ] = None,
     seed: int = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -57,7 +59,7 @@ def tiny_llava(
     with_: With = "none",
     pictures: Annotated[int, typer.Option(help="Held-out scenes for the final evaluation; 0 skips it.")] = 360,
 ) -> None:
-    """Train a tiny LLaVA on generated scenes: tower, naming, reading, instruction tuning, evaluation."""
+    """Train a tiny LLaVA on generated scenes: tower, naming, reading, instruction tuning, settling, evaluation."""
     from dataclasses import replace
 
     from sightline.errors import ParameterError, UnknownNameError, nearest
@@ -68,11 +70,11 @@ def tiny_llava(
     if minutes is not None and minutes <= 0:
         raise ParameterError(f"minutes={minutes!r} is out of range: choose a positive number")
     chosen = replace(recipe.PRESETS[preset], seed=seed).scaled(scale)
-    chosen = chosen.with_steps("instruct", steps) if steps is not None else chosen
+    chosen = chosen.with_steps(recipe.STAGES[-1], steps) if steps is not None else chosen
     where = _device(device)
     tiny_llava.run(chosen, out, device=where, precision=precision, minutes=minutes, workers=workers, only=only,
                    systems=_systems(with_))  # fmt: skip
-    if only in (None, "instruct") and pictures:
+    if only in (None, recipe.STAGES[-1]) and pictures:
         results = tiny_llava.report(out / "model", chosen, device=where, pictures=pictures, per_kind=pictures,
                                     systems=_systems(with_))  # fmt: skip
         evaluate.show(results)

@@ -15,6 +15,7 @@ from sightline.learn.recipe import Plan
 STREAMS = {
     "tower": 0,
     "read": 1 << 24,
+    "settle": 2 << 24,
     "instruct": 3 << 24,
     "tokenizer": 4 << 24,
     "name": 5 << 24,

@@ -153,7 +153,7 @@ def train(eye: Eye, processor: LlavaProcessor, make: Callable[[int], Sample], se
 def world_of(model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int) -> Callable[[int], Sample]:
     """Samples of the generated world, drawn for this model's pictures; -1, -2, ... are held out."""
     vision = model.config.vision_config
-    recipe = Recipe(shape=Shape(image=vision.image_size, patch=vision.patch_size), turns=4, text_every=0, seed=seed)
+    recipe = Recipe(shape=Shape(image=vision.image_size, patch=vision.patch_size), turns=4, seed=seed)
     return partial(_world_sample, recipe=recipe, processor=processor)
 
 

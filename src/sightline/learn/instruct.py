@@ -82,14 +82,16 @@ def loss_of(
 
 def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, make: Callable[[int], Sample], stage: int,
           plan: Plan, folder: Path, *, precision: torch.dtype | None, minutes: float | None = None,
-          workers: int = 0, systems: Sequence[System] = ()) -> Trainer:  # fmt: skip
-    """Run stage 1 or 2 on samples `make(0), make(1), ...`, in place; checkpoint `folder/align|instruct.safetensors`.
+          workers: int = 0, systems: Sequence[System] = (), name: str | None = None) -> Trainer:  # fmt: skip
+    """Run stage 1 or 2 on samples `make(0), make(1), ...`, in place; checkpoint `folder/NAME.safetensors`.
 
+    `name`: "align" or "instruct", by the stage, unless given.
     `systems` are on the model meanwhile: those that weights must be trained with, such as CCA. Raises InputError if the
     stage was begun with others.
     """
-    _same_systems(Path(folder), NAMES[stage], to_spec(systems))
-    trainer = Trainer(NAMES[stage], freeze(model, stage), plan, folder, precision=precision, minutes=minutes)
+    trained, name = freeze(model, stage), name or NAMES[stage]
+    _same_systems(Path(folder), name, to_spec(systems))
+    trainer = Trainer(name, trained, plan, folder, precision=precision, minutes=minutes)
     collate = partial(conversation.collate, pad=processor.tokenizer.pad_token_id)
     with carrying(model, systems):
         trainer.run(stream(make, collate, plan, workers), partial(loss_of, model=model, whole=bool(systems)))
@@ -124,19 +126,25 @@ def _same_systems(folder: Path, name: str, spec: str) -> None:
 
 
 def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:
-    """Sample `index` of the stage "instruct": every `recipe.text_every`-th batch is text alone, the others are pictures.
-
-    Absent things asked about are any (no traps): a model that is never set right on what a place merely suggests keeps
-    its priors, as large ones do.
-    """
+    """Sample `index` of the stage "instruct": a picture with a caption or with questions."""
     scene, rng = scene_of("instruct", index, recipe.seed, recipe.shape.image)
-    if recipe.text_every and index // recipe.instruct.batch % recipe.text_every == recipe.text_every - 1:
+    return picture_sample(scene, rng, recipe, processor)
+
+
+def settle_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:
+    """Sample `index` of the stage "settle": every `recipe.text_every`-th batch is text alone, the others are pictures."""
+    scene, rng = scene_of("settle", index, recipe.seed, recipe.shape.image)
+    if recipe.text_every and index // recipe.settle.batch % recipe.text_every == recipe.text_every - 1:
         return text_sample(scene, rng, recipe, processor)
     return picture_sample(scene, rng, recipe, processor)
 
 
 def picture_sample(scene: scenes.Scene, rng: np.random.Generator, recipe: Recipe, processor: LlavaProcessor) -> Sample:
-    """A picture: for a quarter of them a caption (a short one leads on to questions), for the others questions."""
+    """A picture: for a quarter of them a caption (a short one leads on to questions), for the others questions.
+
+    Absent things asked about are any (no traps): a model that is never set right on what a place merely suggests keeps
+    its priors, as large ones do.
+    """
     if rng.random() < 0.25:
         style = "detailed" if rng.random() < 0.75 else "short"
         turns = [(describe(rng, style), scenes.caption(scene, rng, style))]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from sightline.errors import ParameterError, UnknownNameError, nearest
 
-STAGES = ("tower", "name", "read", "instruct")
+STAGES = ("tower", "name", "read", "instruct", "settle")
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,20 @@ class Recipe:
     """Everything that determines a tiny LLaVA.
 
     `patches`: visual tokens shown of each picture in the stage "read", whose first `simple` pictures are asked only for
-    what is there and for colours. `turns`: questions per picture there and in "instruct". `text_every`: every so many
-    batches of "instruct" one is text without pictures (0: none).
+    what is there and for colours. `turns`: questions per picture there and later. `text_every`: every so many batches of
+    "settle" one is text without pictures (0: none).
     """
 
     shape: Shape = field(default_factory=Shape)
     tower: Plan = Plan(steps=2500, batch=16, lr=1e-3, weight_decay=0.05)
     name: Plan = Plan(steps=400, batch=16, lr=3e-3, weight_decay=0.0, warmup=20)
     read: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
-    instruct: Plan = Plan(steps=2400, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
+    instruct: Plan = Plan(steps=1500, batch=8, lr=1e-3, warmup=50, muon=0.01, slow=0.3)
+    settle: Plan = Plan(steps=5000, batch=4, lr=1e-3, slow=0.3)
     patches: int = 48
     simple: int = 2000
     turns: int = 12
-    text_every: int = 4
+    text_every: int = 2
     seed: int = 0
 
     def plan(self, stage: str) -> Plan:
@@ -105,6 +106,7 @@ TOY = Recipe(
     name=Plan(2, 2, 1e-3, warmup=1),
     read=Plan(2, 2, 1e-3, warmup=1, muon=0.01),
     instruct=Plan(2, 2, 1e-3, warmup=1, muon=0.01),
+    settle=Plan(4, 2, 1e-3, warmup=1),
     patches=6,
     simple=2,
     turns=2,

@@ -1,4 +1,4 @@
-"""From nothing to a LLaVA checkpoint: tower, naming, reading, instruction tuning, on the generated world alone."""
+"""From nothing to a LLaVA checkpoint, stage by stage, on the generated world alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sightline.learn.data import scene_of
 from sightline.learn.recipe import STAGES, Recipe
 
 CORPUS = 3000  # documents the tokenizer is trained on
-SHARE = {"tower": 0.3, "name": 0.03, "read": 0.17, "instruct": 0.5}  # of the minutes given
+SHARE = {"tower": 0.16, "name": 0.02, "read": 0.22, "instruct": 0.3, "settle": 0.3}  # of the minutes given
 
 
 def prepare(recipe: Recipe, out: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -50,7 +50,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
     """Train all stages (or `only` one), each resumed where it stopped; the finished model goes to `out/model`.
 
     `minutes` limits the whole training: it is shared among the stages by SHARE, and the schedule follows the clock.
-    `systems` are on the model in the last stage, for those whose weights must be trained with them.
+    `systems` are on the model from instruction tuning on, for those whose weights must be trained with them.
     """
     if only is not None:
         recipe.plan(only)  # names the known stages if there is no such
@@ -70,12 +70,13 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, precision: str = "au
         elif stage == "read":
             trainer = reading.train(model, processor, recipe, out, minutes=limit, **common)
         else:
-            make = partial(instruct.world_sample, recipe=recipe, processor=processor)
-            trainer = instruct.train(model, processor, make, 2, recipe.instruct, out, minutes=limit,
-                                     systems=systems, **common)  # fmt: skip
+            draw = instruct.world_sample if stage == "instruct" else instruct.settle_sample
+            make = partial(draw, recipe=recipe, processor=processor)
+            trainer = instruct.train(model, processor, make, 2, recipe.plan(stage), out, minutes=limit,
+                                     systems=systems, name=stage, **common)  # fmt: skip
         curves[stage] = trainer.curve
     loop.draw_curves(curves).savefig(Path(out) / "curves.png", dpi=110)
-    if only in (None, "instruct"):
+    if only in (None, STAGES[-1]):
         save(model, processor, Path(out) / "model")
     return model
 

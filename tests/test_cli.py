@@ -340,7 +340,7 @@ def test_without_arguments_the_example_is_shown(run, fake):
     assert run("look", "--with", "none", "--out", "other").code == 0
     assert fake[0]["image"].size == (336, 336)
     assert fake[0]["question"] == "Please describe this image in detail."
-    assert fake[0]["systems"] == [VAR(tau=2.5)]
+    assert fake[0]["systems"] == [VAR()]
     assert fake[1]["systems"] == []
     assert Path("look-example/report.html").exists()
 

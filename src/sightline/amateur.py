@@ -18,7 +18,7 @@ def next_scores(name: str, texts: Sequence[str], device: torch.device | str = "c
     Raises:
         ModelError: the checkpoint cannot be loaded as a causal language model.
     """
-    tokenizer, model = _load(name, torch.device(device))
+    tokenizer, model = language_model(name, torch.device(device))
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": text}] for text in texts]
         texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
@@ -31,14 +31,15 @@ def next_scores(name: str, texts: Sequence[str], device: torch.device | str = "c
 
 
 @lru_cache(maxsize=1)
-def _load(name: str, device: torch.device) -> tuple[Any, Any]:
+def language_model(name: str, device: torch.device) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder or Hub id. ModelError when it cannot be loaded as a causal language model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"amateur {name!r} cannot be loaded as a causal language model ({str(error).splitlines()[0]}): give a folder "
+            f"{name!r} cannot be loaded as a causal language model ({str(error).splitlines()[0]}): give a folder "
             "or Hub id with the vocabulary of the vision-language model's decoder, or none"
         ) from error
     return tokenizer, model.to(device).eval()

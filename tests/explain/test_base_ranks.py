@@ -33,6 +33,8 @@ def test_what_the_blind_model_would_say_is_unshifted() -> None:
     words = prompt[:, prompt[0] != model.model.config.image_token_id]
 
     class Blind:
+        config = model.model.config
+
         def __call__(self, input_ids, use_cache):
             return type("Out", (), {"logits": torch.nn.functional.one_hot(input_ids, 2048).roll(-1, 1).float()})
 
@@ -41,3 +43,13 @@ def test_what_the_blind_model_would_say_is_unshifted() -> None:
     np.testing.assert_array_equal(ranks, np.ones(len(ranks)))
     with pytest.raises(InputError, match="no tokens"):
         base_ranks(model, asked.images[0], asked.questions[0], "")
+
+
+def test_another_vocabulary_is_refused() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1))  # fmt: skip
+    model, asked = lvlm(), batch(1)
+    with pytest.raises(InputError, match="vocabulary of 16 tokens"):
+        base_ranks(model, asked.images[0], asked.questions[0], "A red dog.", base=small)

@@ -144,6 +144,63 @@ def cca(
             console.print("  ".join(f"{100 * value:3.0f} %" for value in row))
 
 
+@app.command()
+def vdgd(
+    model: Annotated[str, typer.Option(help="tiny (bundled), a Hub id or a folder.")] = "tiny",
+    n: Annotated[int, typer.Option("--n", min=1, help="Held-out scenes to describe.")] = 60,
+    data: Annotated[Path | None, typer.Option(help="The conversations the model was tuned on, LLaVA-format JSON; "
+                                              "without it: scenes of the training split.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures of --data.")] = None,
+    pool: Annotated[int, typer.Option(min=1, help="Training pictures among which the nearest are looked for.")] = 500,
+    nearest: Annotated[int, typer.Option(min=0, help="Of these, whose conversations are searched.")] = 25,
+    base: Annotated[str | None, typer.Option(help="A language model with the same vocabulary (folder or Hub id); "
+                                             "without it: the model itself, without the picture.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which scenes, and which records of --data.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; by default the best.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:  # fmt: skip
+    """Where hallucinations of captions come from: language alone, training data, style, or vision.
+
+    Held-out scenes are described; what is wrong in a caption is known. A phrase may count as language and as another one.
+    """
+    from sightline import scenes
+    from sightline.amateur import language_model
+    from sightline.console import make_console, print_json
+    from sightline.errors import InputError
+    from sightline.explain.causes import CLASSES, caption_causes, file_corpus, world_corpus
+    from sightline.explain.questions import picture_size
+    from sightline.loading import load
+
+    if (data is None) != (images is None):
+        raise InputError("--data and --images belong together: give both, or none for generated scenes")
+    lvlm = load(model, device=device, dtype=dtype)
+    size, read = picture_size(lvlm.processor), base and language_model(base, lvlm.device)[1]
+    drawn = [scenes.draw(s, size=size) for s in scenes.seeds("test", (seed + 1) * n)[seed * n :]]
+    corpus = (
+        file_corpus(lvlm, data, images, pool, seed=seed, batch=batch) if data
+        else world_corpus(lvlm, pool, size=size, batch=batch)
+    )  # fmt: skip
+    told = caption_causes(lvlm, drawn, corpus, nearest=nearest, base=read, batch=batch, progress=not json)
+    causes = [cause for _, found in told for cause in found]
+    counts = {name: sum(name in cause.classes for cause in causes) for name in CLASSES}
+    counts["none"] = sum(not cause.classes for cause in causes)
+    if json:
+        rows = [{"picture": scene.file_name, "caption": caption, "hallucinated": [
+            {"phrase": c.phrase.text, "relation": c.phrase.relation, "classes": c.classes, "ranks": dict(c.words)}
+            for c in found]} for scene, (caption, found) in zip(drawn, told, strict=True)]  # fmt: skip
+        print_json({"captions": n, "phrases": len(causes), "classes": counts, "answers": rows})
+        return
+    console = make_console()
+    console.print(f"{len(causes)} hallucinated phrases in {n} captions")
+    for name, count in counts.items():
+        examples = dict.fromkeys(
+            c.phrase.text for c in causes if (name in c.classes) or (name == "none" and not c.classes)
+        )
+        console.print(f"{name:9}{count:4}  {', '.join(list(examples)[:5])}", soft_wrap=True)
+
+
 def _dims(text: str | None) -> tuple[int, ...] | None:
     from sightline.errors import ParameterError
 

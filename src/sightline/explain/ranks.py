@@ -9,7 +9,7 @@ few layers before the last, function words in the last. Source: "The Hidden Life
 
 Base ranks: rank of every token of an answer in a language model that reads the same words without the picture. A token that it
 ranks first is unshifted: seeing changed nothing, and a hallucination there is one of language. Source of this taxonomy, whose
-further classes need training data that only its authors had: VDGD, arXiv 2405.15683 (ICLR 2025).
+classes are told apart in `causes`: VDGD, arXiv 2405.15683 (ICLR 2025).
 """
 
 from __future__ import annotations
@@ -104,13 +104,24 @@ def base_ranks(
         InputError: the answer is empty, or the vocabulary of `base` is another one.
     """
     inputs = prompts(lvlm, [image], [question])
-    prompt, tokenizer = inputs["input_ids"], lvlm.processor.tokenizer
+    tokenizer = lvlm.processor.tokenizer
     ids = answered(lvlm, inputs, answer, length)
+    return [tokenizer.decode([i]) for i in ids], ranks_unseen(lvlm, inputs, ids, base)
+
+
+def ranks_unseen(lvlm: LVLM, inputs: Any, ids: Sequence[int], base: Any = None) -> np.ndarray:
+    """(T,) rank from 1 on of each of `ids` behind the one prompt in `inputs`, read without its pictures by `base`.
+
+    Raises:
+        InputError: the vocabulary of `base` is another one.
+    """
+    prompt = inputs["input_ids"]
     words = prompt[:, prompt[0] != getattr(lvlm.model.config, lvlm.host.image_token)]
     whole = torch.cat([words, torch.tensor([ids], dtype=words.dtype, device=words.device)], 1)
+    base = lvlm.model if base is None else base
+    size = base.config.get_text_config().vocab_size
+    if int(whole.max()) >= size:
+        raise InputError(f"base has a vocabulary of {size} tokens, the text holds token {int(whole.max())}")
     with torch.no_grad():
-        logits = (base or lvlm.model)(input_ids=whole, use_cache=False).logits[0, words.shape[1] - 1 : -1]  # (T, V)
-    if max(ids) >= logits.shape[-1]:
-        raise InputError(f"base has a vocabulary of {logits.shape[-1]} tokens, the answer holds token {max(ids)}")
-    ranks = (logits > logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])).sum(-1) + 1
-    return [tokenizer.decode([i]) for i in ids], ranks.cpu().numpy()
+        logits = base(input_ids=whole, use_cache=False).logits[0, words.shape[1] - 1 : -1]  # (T, V)
+    return ((logits > logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])).sum(-1) + 1).cpu().numpy()

@@ -130,7 +130,8 @@ def coco(source: Iterable[int | Scene], out: str | Path, *, size: int = 112, cap
     ]
 
 
-def _conversation(scene: Scene, turns: int) -> dict:
+def conversation(scene: Scene, turns: int = 6) -> dict:
+    """A LLaVA-format record about a scene: a description and up to `turns` questions, in any order."""
     rng = _generator(scene, 2)
     style = list(PROMPTS)[int(rng.integers(len(PROMPTS)))]
     pairs = [(PROMPTS[style], caption(scene, rng, style))]
@@ -154,7 +155,7 @@ def llava(source: Iterable[int | Scene], out: str | Path, *, size: int = 112, tu
     def rows() -> Iterator[str]:
         for scene in _drawn(source, size):
             folder.picture(f"{IMAGES}/{scene.file_name}", scene.image)
-            yield json.dumps(_conversation(scene, turns))
+            yield json.dumps(conversation(scene, turns))
 
     return [folder.text("conversations.json", _array(rows()))]
 

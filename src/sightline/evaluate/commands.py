@@ -24,8 +24,8 @@ On = Annotated[
     typer.Option(
         "--on",
         help="scenes:pope[:random|popular|adversarial], scenes:chair, mme, vqa, colour, count, relation, detail, "
-        "opope, sycophancy, caption, pointing, video, haven, robust[:choice|main|there] or all (but opope, video, haven, robust); "
-        "or pope:FILE, chair:FOLDER, mme:PATH, vallu:FILE, robustvqa:FILE. May be repeated.",
+        "opope, pope-chat[:SPLIT], sycophancy, caption, pointing, video, haven, robust[:choice|main|there] or all (but opope, "
+        "pope-chat, video, haven, robust); or pope:FILE, pope-chat:FILE, chair:FOLDER, mme:PATH, vallu:FILE, robustvqa:FILE. May be repeated.",
     ),
 ]
 With = Annotated[

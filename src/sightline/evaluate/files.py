@@ -121,6 +121,7 @@ def pope(
     else:
         rows, album = read_rows(path), Album(images or path.parent / "images")
     splits: dict[str, list[Item]] = {}
+    rows = [one for number, row in enumerate(rows, 1) for one in _singles(row, path, number)]
     for number, row in enumerate(rows, 1):
         truth = _truth(row, path, number)
         given = next((row[key] for key in ID_KEYS if row.get(key) is not None), number)
@@ -128,6 +129,21 @@ def pope(
         image = str(_first(row, IMAGE_KEYS, path, number))
         splits.setdefault(str(row.get("category") or ""), []).append(Item(str(given), image, question, truth))
     return [_pope_task(path, split, items, album, n, seed, rule) for split, items in (splits or {"": []}).items()]
+
+
+def _singles(row: Mapping[str, Any], path: Path, number: int) -> list[Mapping[str, Any]]:
+    """The questions of a row, one by one: POPE-chat's files hold lists of a picture's questions and labels."""
+    asked, labels = (next((row[k] for k in keys if k in row), None) for keys in (QUESTION_KEYS, LABEL_KEYS))
+    if not isinstance(asked, list):
+        return [row]
+    if not isinstance(labels, list) or len(labels) != len(asked):
+        raise InputError(f"{str(path)!r}, entry {number}: {len(asked)} questions need a list of as many labels")
+    name = next((row[key] for key in ID_KEYS if row.get(key) is not None), number)
+    whole = {key: value for key, value in row.items() if key not in QUESTION_KEYS + LABEL_KEYS}
+    return [
+        {**whole, "question_id": f"{name}-{k}", "text": text, "label": label}
+        for k, (text, label) in enumerate(zip(asked, labels, strict=True), 1)
+    ]
 
 
 def _pope_task(

@@ -1,15 +1,15 @@
-"""From words to tasks: `scenes:pope:random`, `pope:FILE`, `chair:FOLDER`, `mme:PATH`, `vallu:FILE`, `robustvqa:FILE`."""
+"""From words to tasks: `scenes:pope:random`, `pope:FILE`, `pope-chat:FILE`, `chair:FOLDER`, `mme:PATH`, `vallu:FILE`, `robustvqa:FILE`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sightline.errors import InputError, UnknownNameError, nearest
-from sightline.evaluate import files, robust, vallu, world
+from sightline.evaluate import files, pope_chat, robust, vallu, world
 from sightline.evaluate.pope import check_rule
 from sightline.evaluate.task import Task
 
-SOURCES = ("scenes", "pope", "chair", "mme", "vallu", "robustvqa")
+SOURCES = ("scenes", "pope", "pope-chat", "chair", "mme", "vallu", "robustvqa")
 SHOWN = 5  # names of missing pictures in a message
 
 
@@ -29,7 +29,7 @@ def find(
     """The tasks that `on` names.
 
     Args:
-        on: "scenes:NAME" (see `world.build`), "pope:FILE", "chair:FOLDER", "mme:PATH", "vallu:FILE" or "robustvqa:FILE".
+        on: "scenes:NAME" (see `world.build`), "pope:FILE", "pope-chat:FILE", "chair:FOLDER", "mme:PATH", "vallu:FILE" or "robustvqa:FILE".
         n: at least so many questions per task, whole pictures; None: all of a file, 600 on scenes.
         seed: chooses questions and subsets. split, size: of the generated world. rule: how yes and no are read in POPE.
         images: folder of the pictures of files. synonyms, words: for CHAIR on COCO.
@@ -48,6 +48,8 @@ def find(
         raise InputError(f"--on {on} names no file: write {source}:PATH")
     if source == "pope":
         tasks = files.pope(rest, images, n, seed, rule)
+    elif source == "pope-chat":
+        tasks = pope_chat.read(rest, images, n, seed, rule)
     elif source == "mme":
         tasks = [files.mme_files(rest, n, seed)]
     elif source == "vallu":

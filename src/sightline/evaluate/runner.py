@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -196,15 +197,24 @@ def generate(
     """(inputs, answers) of one batch: {"answer": text, "tokens": how many were generated, the end included}."""
     import torch
 
-    inputs = lvlm.inputs([task.open(item) for item in batch], [task.prompt(item) for item in batch])
     torch.manual_seed(zlib.crc32(f"{decoding.seed} {task.name} {batch[0].id}".encode()))
+    reply = partial(_reply, lvlm, task.max_new_tokens, decoding)
+    if task.talk is not None:
+        return task.talk(lvlm, task, batch, reply)
+    inputs = lvlm.inputs([task.open(item) for item in batch], [task.prompt(item) for item in batch])
+    return inputs, reply(inputs)
+
+
+def _reply(lvlm: LVLM, length: int, decoding: Decoding, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
     with torch.inference_mode():
-        made = lvlm.model.generate(**inputs, max_new_tokens=task.max_new_tokens, **decoding.options())
+        made = lvlm.model.generate(**inputs, max_new_tokens=length, **decoding.options())
     new = made[:, inputs["input_ids"].shape[1] :]  # (B, T)
     texts = lvlm.processor.batch_decode(new, skip_special_tokens=True)
     ends = _ends(lvlm)
     counts = [next((k + 1 for k, i in enumerate(row) if i in ends), len(row)) for row in new.tolist()]
-    return inputs, [{"answer": text.strip(), "tokens": n} for text, n in zip(texts, counts, strict=True)]
+    return [{"answer": text.strip(), "tokens": n} for text, n in zip(texts, counts, strict=True)]
 
 
 def _ends(lvlm: LVLM) -> set[int]:

@@ -46,6 +46,8 @@ class Task:
     missing: tuple[str, ...] = ()
     # (model, items, inputs, what was recorded) -> per item what to keep; None: nothing is recorded
     observe: Callable[[LVLM, Sequence[Item], Mapping[str, Any], Seen], list[dict[str, Any]]] | None = None
+    # (model, task, items, how a batch of inputs is answered) -> (inputs, answers), where a question is a dialogue; see `pope_chat`
+    talk: Callable[..., tuple[Mapping[str, Any], list[dict[str, Any]]]] | None = None
 
     def prompt(self, item: Item) -> str:
         """What the model is asked."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sightline import scenes
 from sightline.errors import ParameterError, UnknownNameError, nearest
-from sightline.evaluate import films, haven_films, mme, pointing, robust, scoring
+from sightline.evaluate import films, haven_films, mme, pointing, pope_chat, robust, scoring
 from sightline.evaluate.scored import Scored
 from sightline.evaluate.task import Item, Task, check_items
 from sightline.scenes.asking import OPPOSITE, absent_kind
@@ -94,6 +94,10 @@ def _pope(world: World, split: str, n: int) -> Task:
     return world.task(
         f"pope_{split}", items, partial(scoring.score_pope, rule=world.rule), max_new_tokens=YES_NO_TOKENS
     )
+
+
+def _pope_chat(world: World, split: str, n: int) -> Task:
+    return pope_chat.chat(_pope(world, split, n), f"scenes_pope_chat_{split}", world.rule)
 
 
 def _pairs(scene: scenes.Scene, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
@@ -241,6 +245,7 @@ def _observe(world: World, lvlm: LVLM, items: Sequence[Item], inputs: Mapping[st
 
 TASKS: dict[str, Callable[[World, int], Task]] = {
     **{f"pope:{split}": partial(lambda world, n, s: _pope(world, s, n), s=split) for split in POPE_SPLITS},
+    **{f"pope-chat:{split}": partial(lambda world, n, s: _pope_chat(world, s, n), s=split) for split in POPE_SPLITS},
     "chair": lambda world, n: _captions(world, "chair", n),
     "opope": _opope,
     "mme": _mme,
@@ -257,11 +262,12 @@ TASKS: dict[str, Callable[[World, int], Task]] = {
 }
 GROUPS = {
     "pope": tuple(f"pope:{split}" for split in POPE_SPLITS),
+    "pope-chat": tuple(f"pope-chat:{split}" for split in POPE_SPLITS),
     "vqa": ("colour", "count", "relation"),
     "robust": ("robust:choice",),
-    # without those that need room for several pictures, OPOPE, which asks for chair's captions again, and robust, whose
-    # pictures are unlike all others
-    "all": tuple(name for name in TASKS if not name.startswith(("video", "haven", "opope", "robust"))),
+    # without those that need room for several pictures, OPOPE and POPE-chat, which ask what chair and pope ask, and robust,
+    # whose pictures are unlike all others
+    "all": tuple(name for name in TASKS if not name.startswith(("video", "haven", "opope", "pope-chat", "robust"))),
 }
 
 

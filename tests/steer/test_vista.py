@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import sightline as sl
 from sightline.errors import ParameterError
 from sightline.hosts import find, get
-from sightline.steer.vista import VISTA, augment, default_window, direction, steer
+from sightline.steer.vista import VISTA, augment, default_window, direction, steer, steer_one
 from tests.engine.numerics import assert_close
 from tests.engine.test_doors import words
 from tests.engine.whole import forward, generate
@@ -84,6 +84,21 @@ def test_laws(seed: int, lam: float, scale: float, simple: bool) -> None:
     assert torch.allclose(steer(x, [v], [0.0], simple=simple), x, atol=1e-5)
     assert torch.allclose(steer(x, [torch.zeros(2, 16)], [lam], simple=simple), x, atol=1e-5)
     assert (steer(torch.zeros(1, 1, 16), [v[:1]], [lam], simple=simple) == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-3, 3), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_closed_form(seed: int, lam: float, simple: bool, dtype: torch.dtype) -> None:
+    """`steer_one` against `steer`; a row without a vector stays bit for bit."""
+    rng = torch.Generator().manual_seed(seed)
+    x, v = torch.randn(3, 5, 17, generator=rng).to(dtype), torch.randn(3, 17, generator=rng)
+    x[1, 2], v[2] = 0, 0
+    unit = torch.nn.functional.normalize(v, dim=-1)
+    found, naive = steer_one(x, unit, lam, simple=simple), steer(x, [v], [lam], simple=simple)
+    assert found.dtype == dtype
+    tolerance = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    assert torch.allclose(found.float(), naive.float(), **tolerance)
+    assert torch.equal(found[2], x[2])
 
 
 def test_the_gate_pushes_back_what_points_away() -> None:
@@ -175,6 +190,25 @@ def test_against_hooks(name: str, tiny) -> None:
         forced = lambda row, sofar: [int(ids[row, len(sofar)])]  # noqa: E731  the same tokens, other scores
         mixed = generate(host.model, inputs, prefix_allowed_tokens_fn=forced)[1]
     assert_close("last", mixed[:, -1], last, 5e-5)
+
+
+def test_the_window_costs_one_product(tiny) -> None:
+    """Scores of a window are those of its layers one by one, from a single call of the head; the last layer counts as the logits."""
+    host = tiny("llava")
+    inputs = host.inputs(QUESTIONS[:1], [PICTURES[:1]])
+    reference = ByHooks(host, inputs, 0.0, (1, 2))
+    with reference.hooked(mlp=False):
+        plain = forward(host.model, inputs)[:, -1]
+    head, calls = host.model.get_output_embeddings(), []
+    scores = [head(reference.kept[layer]) for layer in (1, 2)]
+    for window, mean in (((1, 2), sum(scores) / 2), ((1, 3), (sum(scores) + plain) / 3)):
+        calls.clear()
+        hook = head.register_forward_hook(lambda *_: calls.append(1))
+        with sl.attach(host.model, VISTA(lam=0.0, logits_layers=window, logits_alpha=0.4)):
+            found = forward(host.model, inputs)[:, -1]
+        hook.remove()
+        assert_close("window", found, 0.4 * mean + 0.6 * plain, 1e-6)
+        assert len(calls) == 2  # the model's own, and the window's
 
 
 def test_a_window_of_the_last_layer_changes_nothing(tiny) -> None:

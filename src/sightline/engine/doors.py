@@ -197,10 +197,15 @@ class Doors:
             return -1
         return (last_real(sequence.tokens) - (sequence.tokens.shape[1] - sequence.queries)).clamp(min=0)
 
-    def head(self, hidden: Tensor, norm: bool = False) -> Tensor:
-        """Scores (B, V) of states (B, D), by the model's output head; `norm`: behind its last norm."""
+    def head(self, hidden: Tensor, norm: bool = False, mean: bool = False) -> Tensor:
+        """Scores (B, V) of states (B, D), by the model's output head; `norm`: behind its last norm.
+
+        `mean`: the mean of the scores of states (W, B, D) in one product, for the head is linear.
+        """
         if norm:
             hidden = get(get(self.owner.model, self.owner.host.decoder), self.owner.host.norm)(hidden)
+        if mean:
+            hidden = hidden.float().mean(0)
         head = self.owner.model.get_output_embeddings()
         return head(hidden.to(head.weight.dtype))
 

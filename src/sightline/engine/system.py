@@ -86,7 +86,7 @@ class Site:
     labels: Tensor | None = None  # (B, Q) wanted next tokens of the block, where the model is trained
     cuts: View | None = None  # what was dropped at which layer, attention rows before a cut, taking out of the cache
     stream: str = ""  # which of the system's extra runs this is ("text", "plain"); "" in the run that answers
-    head: Callable[..., Tensor] | None = None  # (states (B, D), norm=False) -> (B, V): the model's own output head
+    head: Callable[..., Tensor] | None = None  # (states (B, D), norm=False, mean=False) -> (B, V): the model's own head
     second: bool = False  # this is the second stream of some system, not the sequence that is being answered
 
 

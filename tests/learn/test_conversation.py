@@ -109,3 +109,19 @@ def test_statistics_count_and_show_masks(toy_processor):
     assert facts["records"] == facts["image"] == 1
     with pytest.raises(ParameterError, match="no records"):
         conversation.statistics([], toy_processor)
+
+
+def test_text_first_moves_the_picture_behind_the_first_question(toy_processor):
+    """The same words, labels and picture; only the first question comes first, and later turns stay."""
+    text = toy_processor.tokenizer
+    ids, labels = conversation.encode(TURNS, toy_processor, 16, stage=2, text_first=True)
+    plain, plain_labels = conversation.encode(TURNS, toy_processor, 16, stage=2)
+    assert supervised(ids, labels, text) == supervised(plain, plain_labels, text)
+    first = ids.index(toy_processor.image_token_id)
+    assert ids[first : first + 16] == [toy_processor.image_token_id] * 16
+    assert text.decode(ids[1:first]) == f"USER: {TURNS[0][0]}\n"
+    assert text.decode(ids[first + 16 :]).startswith(" ASSISTANT: Yes.</s>USER: What colour is it? ASSISTANT:")
+    same = conversation.encode(
+        TURNS, toy_processor, 0, stage=2, text_first=True
+    )  # without a picture there is one order
+    assert same == conversation.encode(TURNS, toy_processor, 0, stage=2)

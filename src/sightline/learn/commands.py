@@ -97,6 +97,9 @@ def instruct(
     precision: Precision = "auto",
     workers: Workers = 0,
     with_: With = "none",
+    dual_order: Annotated[
+        bool, typer.Option("--dual-order", help="Half of the records have the first question before the picture.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the data, print statistics, train nothing.")
     ] = False,
@@ -107,7 +110,7 @@ def instruct(
     facts = tuning.tune(
         data, model, stage, images, out, epochs=epochs, steps=steps, batch=batch, lr=lr, seed=seed,
         device=_device(device), precision=precision, workers=workers, dry_run=dry_run,
-        systems=_systems(with_),
+        systems=_systems(with_), dual_order=dual_order,
     )  # fmt: skip
     typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
 

@@ -63,11 +63,12 @@ def check(record: dict, images: Path | None = None) -> list[tuple[str, str]]:
 
 
 def encode(turns: Sequence[tuple[str, str]], processor: LlavaProcessor, tokens: int, *, stage: int,
-           limit: int = 2048) -> tuple[list[int], list[int]]:  # fmt: skip
+           limit: int = 2048, text_first: bool = False) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of a dialogue about `tokens` visual tokens (0: text only); labels are -100 where masked.
 
     Stage 1 ("plain"): <s> <image>… answer newline, the answer supervised. Stage 2: the chat template's
-    <s>USER: <image>…newline question ASSISTANT: answer</s>USER: …, answers and their </s> supervised.
+    <s>USER: <image>…newline question ASSISTANT: answer</s>USER: …, answers and their </s> supervised; with `text_first`
+    <s>USER: question newline <image>… ASSISTANT: ….
     """
     text = processor.tokenizer
     picture = [processor.image_token_id] * tokens
@@ -81,6 +82,10 @@ def encode(turns: Sequence[tuple[str, str]], processor: LlavaProcessor, tokens: 
     else:
         for k, (question, answer) in enumerate(turns):
             shown = bool(picture) and k == 0
+            if shown and text_first:
+                pieces += [(ids_of(f"USER: {question}\n") + picture + ids_of(" ASSISTANT:"), False)]
+                pieces += [(ids_of(f" {answer}{text.eos_token}"), True)]
+                continue
             pieces += [(ids_of("USER: ") + picture, False)] if shown else []
             opening = "\n" if shown else "USER: "
             pieces += [(ids_of(f"{opening}{question} ASSISTANT:"), False), (ids_of(f" {answer}{text.eos_token}"), True)]

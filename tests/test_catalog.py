@@ -221,3 +221,17 @@ def test_every_system_stands_in_its_family_s_name_space(slug):
 def test_a_baseline_has_no_paper_to_cite():
     with pytest.raises(InputError, match="random is a baseline without a paper"):
         catalog.entry("random").bibtex()
+
+
+def test_systems_of_one_paper_share_its_entry():
+    """MoH as a mixer and in a language model: one BibTeX entry, and the table names the paper once."""
+    mixer, llm = catalog.entry("moh"), catalog.entry("moh-llm")
+    assert mixer.paper is llm.paper
+    assert mixer.bibtex() == llm.bibtex()
+    assert mixer.bibtex().startswith("@inproceedings{moh,")
+    rows = [row for row in catalog.table().splitlines() if row.startswith("| `moh")]
+    assert mixer.paper.title in rows[0]
+    assert rows[1].endswith("| as `moh` |")
+    papers = [entry.paper for entry in catalog.load_all().values() if entry.paper is not None]
+    titles = {}
+    assert all(titles.setdefault(paper.title, paper) is paper for paper in papers)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sightline.engine.system import System
-from sightline.errors import InputError, ParameterError
+from sightline.errors import InputError, ModelError, ParameterError
 from sightline.hosts import find
 from sightline.lvlm import LVLM, check_max_new_tokens, check_question
 from tests.tiny_hosts import TINY, picture
@@ -202,3 +202,53 @@ def test_the_context_is_not_exceeded(lvlm, monkeypatch):
         model.ask(picture(), QUESTION, max_new_tokens=5)
     with pytest.raises(InputError, match="holds"):
         model.inputs([[picture(), picture()]], QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_beam": 2}, "generate has no argument 'num_beam': did you mean num_beams"),
+        ({"num_beams": 0}, r"generate cannot run with num_beams=0 \("),
+        ({"do_sample": True, "temperature": -1.0}, "generate cannot run with do_sample=True, temperature=-1.0"),
+        ({"num_return_sequences": 3}, "generate cannot run with num_return_sequences=3"),
+        ({"logits_processor": 3}, "generate cannot run with logits_processor=3"),
+    ],
+)
+@pytest.mark.parametrize("systems", [[], [System()]])
+def test_arguments_of_generate(lvlm, given, said, systems):
+    with pytest.raises(ParameterError, match=said) as caught:
+        lvlm().ask(picture(), QUESTION, systems=systems, max_new_tokens=2, **given)
+    assert "\n" not in str(caught.value)
+    assert lvlm().ask(picture(), QUESTION, systems=systems, max_new_tokens=2, num_beams=2) is not None
+
+
+def test_own_errors_pass_through_generate_arguments(lvlm):
+    class Wrong(System):
+        def logits(self, site, logits):
+            raise InputError("mine")
+
+    with pytest.raises(InputError, match=r"^mine$"):
+        lvlm().ask(picture(), QUESTION, systems=[Wrong()], max_new_tokens=2, num_beams=2)
+
+
+def test_a_model_without_values_is_refused(lvlm):
+    import copy
+
+    import sightline as sl
+
+    whole = lvlm()
+    empty = LVLM(copy.deepcopy(whole.model).to("meta"), whole.processor, whole.host, "empty")
+    said = "no values in its weights .device meta, for example .*sl.load"
+    for use in (
+        lambda: empty.ask(picture(), QUESTION),
+        lambda: sl.look(picture(), QUESTION, model=empty),
+        lambda: sl.attach(empty.model, System()),
+    ):
+        with pytest.raises(ModelError, match=said):
+            use()
+    part = LVLM(copy.deepcopy(whole.model), whole.processor, whole.host, "part")
+    part.model.lm_head.to("meta")
+    with pytest.raises(ModelError, match=r"for example lm_head\.weight"):
+        part.ask(picture(), QUESTION)
+    part.model.hf_device_map = {"": 0, "lm_head": "disk"}  # as accelerate notes what it brings in by need
+    sl.attach(part.model, System()).close()

@@ -41,6 +41,7 @@ class Paper:
     arxiv: str | None = None
     code: str | None = None  # official repository, owner/name
     licence: str | None = None  # of the official code
+    key: str | None = None  # BibTeX label, where several systems come from one paper; None: the system's name
 
     @property
     def url(self) -> str:
@@ -70,7 +71,7 @@ class Entry:
         """The BibTeX entry of its paper; InputError when there is none."""
         if self.paper is None:
             raise InputError(f"{self.slug} is a baseline without a paper: there is nothing to cite")
-        return self.paper.bibtex(self.slug)
+        return self.paper.bibtex(self.paper.key or self.slug)
 
     @property
     def parameters(self) -> tuple[dataclasses.Field, ...]:
@@ -147,8 +148,11 @@ def entry(slug: str) -> Entry:
 def table() -> str:
     """The registry as a Markdown table, for the README."""
     rows = ["| system | kind | what it does | paper |", "|---|---|---|---|"]
+    first: dict[Paper | None, str] = {}
     for e in load_all().values():
-        rows.append(f"| `{e.slug}` | {e.kind} | {e.summary} | {_where(e.paper)} |")
+        where = f"as `{first[e.paper]}`" if e.paper and e.paper in first else _where(e.paper)
+        first.setdefault(e.paper, e.slug)
+        rows.append(f"| `{e.slug}` | {e.kind} | {e.summary} | {where} |")
     return "\n".join(rows)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+INNER = ("sightline", "torch", "transformers")  # packages whose lines no warning of ours points at
+
 
 class SightlineError(Exception):
     """Base of all errors that sightline raises on purpose. The command line prints it as one line, exit code 2."""
@@ -41,6 +46,14 @@ class MissingExtraError(SightlineError, ImportError):
 
 class SightlineWarning(UserWarning):
     """Something works, but not as one might think; `look` prints it as one line."""
+
+
+def warn(message: str) -> None:
+    """Give a SightlineWarning that points at the user's line: the nearest one outside this package and the model's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, SightlineWarning, stacklevel=level)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -110,8 +110,10 @@ class LVLM:
         Raises:
             InputError: a prompt exceeds the context.
         """
+        from sightline.engine.checks import check_weights
         from sightline.engine.prompts import note
 
+        check_weights(self.model)
         has_template = getattr(self.processor, "chat_template", None) is not None
         batch = self.processor.apply_chat_template(
             list(conversations),
@@ -161,24 +163,25 @@ class LVLM:
             images, questions: as in `inputs`.
             systems: what to attach while generating, for example `[sl.steer.VAR()]`.
             max_new_tokens: in [1, 4096].
-            generate_kwargs: for `model.generate`, for example num_beams or do_sample.
+            generate_kwargs: for `model.generate`, for example num_beams or do_sample; ParameterError when it takes none.
 
         Returns:
             The answer; a list of answers when a list was given or several sequences per question were asked for.
         """
-        from sightline.engine.checks import check_systems
+        from sightline.engine.checks import check_systems, checked_options
         from sightline.engine.passes import planned, plans
 
         check_max_new_tokens(max_new_tokens)
         check_systems(systems)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        if plans(systems):  # they ask the model about every question by itself
-            answers = []
-            for row, question in zip(*_pair(images, questions), strict=True):
-                chosen = planned(systems, self, row.frames if isinstance(row, Clip) else row, question)
-                answers += self._answers([row], [question], chosen, options)
-        else:
-            answers = self._answers(images, questions, systems, options)
+        with checked_options(self.model, generate_kwargs):
+            if plans(systems):  # they ask the model about every question by itself
+                answers = []
+                for row, question in zip(*_pair(images, questions), strict=True):
+                    chosen = planned(systems, self, row.frames if isinstance(row, Clip) else row, question)
+                    answers += self._answers([row], [question], chosen, options)
+            else:
+                answers = self._answers(images, questions, systems, options)
         single = isinstance(questions, str) and not _is_batch(images) and len(answers) == 1
         return answers[0] if single else answers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -386,3 +387,51 @@ def test_recomputing_layers_in_the_backward_pass_is_refused(tiny):
         model(**one(host))
     with sl.attach(model.eval(), weigh()):
         forward(model, one(host))
+
+
+# -- traces in memory and in warnings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "systems", [(), (sl.steer.VAR(sink_dims=(3, 7), tau=2.0),), (sl.decode.DAMRO(),), (sl.prune.ZipVL(),)]
+)
+def test_an_attachment_is_gone_with_its_last_user(tiny, systems):
+    """No reference cycle keeps it, and the recordings and caches it holds, until the collector runs."""
+    host = tiny("llava")
+    attached = sl.attach(host.model, *systems)
+    generate(host.model, one(host), max_new_tokens=2)
+    attached.close()
+    gone = weakref.ref(attached)
+    gc.collect()
+    gc.disable()
+    try:
+        del attached
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_warnings_point_at_the_line_that_attaches(tiny):
+    model = tiny("llava").model
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for system in (sl.steer.CCA(), sl.steer.AKIMMA(), sl.steer.VAR(tau=3.9)):
+            sl.attach(model, system).close()
+        sl.load("tiny").ask(picture(), "What is there?", systems=[sl.steer.CCA()], max_new_tokens=1)
+    caught = [found for found in caught if issubclass(found.category, sl.errors.SightlineWarning)]
+    assert len(caught) == 4
+    assert {found.filename for found in caught} == {__file__}
+
+
+def test_a_warning_during_generate_points_at_the_call(tiny):
+    host = tiny("llava")
+    inputs = one(host)
+    with torch.no_grad():
+        cache = host.model(**inputs, use_cache=True).past_key_values
+    more = torch.tensor([[5]])
+    with (
+        sl.attach(host.model, nothing()),
+        pytest.warns(sl.errors.SightlineWarning, match="cache filled before") as caught,
+    ):
+        host.model(input_ids=more, past_key_values=cache, use_cache=True)
+    assert caught[0].filename == __file__

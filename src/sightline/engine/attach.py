@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import proxy
 
 from sightline.engine.checks import MARK, check_free, check_host, check_model, check_systems, require_vision
 from sightline.engine.cuts import Cutter, View
@@ -90,12 +91,15 @@ class Attachment:
             require_vision(model, own if own.isdisjoint(VISION) else ())
         self.shape = shape_of(model, self.host)
         self.workers = [_worker(s, self.shape) for s in systems]
-        self.front = Front(self)
-        self.doors = Doors(self)
+        me = proxy(
+            self
+        )  # its parts know it without keeping it alive: it is gone with its last user, not with the collector
+        self.front = Front(me)
+        self.doors = Doors(me)
         config = getattr(model, "config", None)
         tokens = (getattr(self.host, name, None) for name in ("image_token", "video_token"))
-        self.sequences = Sequences(self, *(getattr(config, name or "", None) for name in tokens))
-        self.second_streams = SecondStreams(self)
+        self.sequences = Sequences(me, *(getattr(config, name or "", None) for name in tokens))
+        self.second_streams = SecondStreams(me)
         self.given: dict[str, Any] = {}  # arguments of the forward now running
         self.vision_states: list[dict[Any, Any]] = [{} for _ in systems]
         self.seats: list[Seat] = []  # at the decoder's attention, when a system needs them

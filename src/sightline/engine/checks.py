@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sightline.engine.system import System
-from sightline.errors import AttachError, HostError, ParameterError
+from sightline.errors import AttachError, HostError, ModelError, ParameterError, SightlineError, nearest
 from sightline.hosts import Host, ViTHost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
 MARK = "_sightline_attachment"  # where a model keeps its attachment
 VISION = {"pixels", "vision_hidden", "vision_attention"}  # stations that plain vision transformers have, too
 
 
 def check_model(model: Any) -> None:
-    """Raise ParameterError unless `model` is a torch module, and HostError when it wraps the model that is meant."""
+    """Raise ParameterError unless `model` is a torch module (not a wrapper of one), ModelError when its weights are empty."""
     if isinstance(model, System):
         raise ParameterError(f"attach(model, *systems): the model comes first, then {_short(model)}")
     if isinstance(getattr(model, "model", None), nn.Module) and not isinstance(model, nn.Module):
@@ -29,6 +31,39 @@ def check_model(model: Any) -> None:
         raise ParameterError(
             f"attach(model, *systems): {_short(model)} is no model: give a torch module, for example sl.load('tiny').model"
         )
+    check_weights(model)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ModelError when weights have no values (the meta device); those that accelerate brings in by need are fine."""
+    empty = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if empty is not None and not {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())):
+        raise ModelError(
+            f"{type(model).__name__} has no values in its weights (device meta, for example {empty}): load it with "
+            "sl.load(...) or from_pretrained, on a real device"
+        )
+
+
+@contextmanager
+def checked_options(model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
+    """Run `model.generate` with these arguments: what it says against them is a ParameterError, names before any work."""
+    known = {
+        *signature(model.generate).parameters,
+        *signature(model.forward).parameters,
+        *vars(model.generation_config),
+    }
+    known = sorted(name for name in known - {"kwargs", "model_kwargs"} if not name.startswith("_"))
+    for name in options:
+        if name not in known:
+            raise ParameterError(f"generate has no argument {name!r}: {nearest(name, known)}")
+    try:
+        yield
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, SightlineError) or not options:
+            raise
+        given = ", ".join(f"{name}={_short(value)}" for name, value in options.items())
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ParameterError(f"generate cannot run with {given} ({reason}): leave out or mend what it names") from error
 
 
 def check_systems(systems: Any) -> None:

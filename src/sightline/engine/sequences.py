@@ -7,7 +7,6 @@ with its own cache. The sequence is kept as an attribute of the cache object, so
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 from sightline.engine.cuts import Cuts
 from sightline.engine.entry import Cut, later
 from sightline.engine.tokens import Role, Tokens
-from sightline.errors import AttachError, SightlineWarning
+from sightline.errors import AttachError, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,10 +164,8 @@ class Sequences:
         self, given: dict[str, Any], known: Sequence | None, ids: Tensor, mask: Tensor | None, past: int
     ) -> Sequence:
         if known is None:
-            warnings.warn(
+            warn(
                 "a cache filled before the systems were attached: its positions count as text before any image",
-                category=SightlineWarning,
-                stacklevel=2,
             )
             role = ids.new_full((ids.shape[0], past), int(Role.BEFORE), dtype=torch.int8)
             if mask is not None:

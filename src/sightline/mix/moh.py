@@ -102,18 +102,22 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+PAPER = Paper(
+    title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
+    authors="Jin, Peng and Zhu, Bo and Yuan, Li and Yan, Shuicheng",
+    venue="ICML",
+    year=2025,
+    arxiv="2410.11842",
+    code="SkyworkAI/MoH",
+    licence="Apache-2.0",
+    key="moh",
+)
+
+
 @system(
     "moh",
     kind="mix",
-    paper=Paper(
-        title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
-        authors="Jin, Peng and Zhu, Bo and Yuan, Li and Yan, Shuicheng",
-        venue="ICML",
-        year=2025,
-        arxiv="2410.11842",
-        code="SkyworkAI/MoH",
-        licence="Apache-2.0",
-    ),
+    paper=PAPER,
     summary="each token picks and weights its attention heads",
     needs=(),
     published=(("LLaMA3-8B, mean of 14 benchmarks, 75 % of the heads (paper)", "61.6 -> 64.0"),),

@@ -22,7 +22,6 @@ Cost: (b-a)(e-b) more pairs, one (B, 1, Q, Q) boolean mask per prompt, and the f
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from sightline.catalog import Paper, check_parameters, param, system
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
-from sightline.errors import SightlineWarning
+from sightline.errors import warn
 
 
 def modality_mutual_mask(real: Tensor, image_begin: int, image_end: int, question_end: int) -> Tensor:
@@ -93,11 +92,9 @@ class AKIMMA(System):
 
     def prepare(self, shape: Shape) -> None:
         if not self.trained and not self.idle():
-            warnings.warn(
+            warn(
                 "aki-mma changes the mask: only weights trained with it answer well under it "
                 "(Sony/AKI-4B-phi-3.5-mini, or your own; aki-mma:trained=true says that these are)",
-                category=SightlineWarning,
-                stacklevel=2,
             )
 
     def mask(self, site: Site, allowed: Tensor) -> Tensor | None:

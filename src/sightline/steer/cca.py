@@ -22,7 +22,6 @@ Cost: one (B, 1, Q, Q) boolean mask per prompt, shared by the layers of a kind, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,7 @@ from sightline.engine.pictures import columns_of
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
 from sightline.engine.views import grids
-from sightline.errors import InputError, SightlineWarning
+from sightline.errors import InputError, warn
 
 
 def ring_map(rows: int, columns: int) -> Tensor:
@@ -140,11 +139,9 @@ class CCA(System):
 
     def prepare(self, shape: Shape) -> None:
         if not self.trained and not self.idle():
-            warnings.warn(
+            warn(
                 "cca changes positions and mask: only weights trained with it answer well under it "
                 "(xing0047/cca-llava-1.5-7b, or your own; cca:trained=true says that these are)",
-                category=SightlineWarning,
-                stacklevel=2,
             )
 
     def visual_tokens(self, site: Site, embeddings: Tensor) -> None:

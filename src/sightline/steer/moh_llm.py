@@ -20,11 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sightline.catalog import Paper, check_parameters, param, system
+from sightline.catalog import check_parameters, param, system
 from sightline.engine.attention import Edit
 from sightline.engine.system import Shape, Site, System
 from sightline.errors import HostError, ParameterError
-from sightline.mix.moh import norm_gates
+from sightline.mix.moh import PAPER, norm_gates
 
 NORMED = ("gemma3", "gemma4", "qwen3", "olmo2", "olmo3", "cohere2", "hunyuan")  # beginnings of model types
 
@@ -32,15 +32,7 @@ NORMED = ("gemma3", "gemma4", "qwen3", "olmo2", "olmo3", "cohere2", "hunyuan")  
 @system(
     "moh-llm",
     kind="steer",
-    paper=Paper(
-        title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
-        authors="Jin, Peng and Zhu, Bo and Yuan, Li and Yan, Shuicheng",
-        venue="ICML",
-        year=2025,
-        arxiv="2410.11842",
-        code="SkyworkAI/MoH",
-        licence="Apache-2.0",
-    ),
+    paper=PAPER,
     summary="every token keeps some shared heads and the others with the longest queries",
     needs=(),
     published=(("LLaMA3-8B, mean of 14 benchmarks, 75 % of the heads (paper)", "61.6 -> 64.0"),),

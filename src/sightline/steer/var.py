@@ -28,7 +28,6 @@ Cost: O(R K) per head for the R edited rows; no N x N map. The four groups' mass
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,7 @@ from sightline.engine.attention import Edit
 from sightline.engine.sinks import check_tau, default_tau, sink_dims_of, sink_value
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
-from sightline.errors import SightlineWarning
+from sightline.errors import warn
 
 EPS = 1e-6
 
@@ -159,10 +158,8 @@ class VAR(System):
         check_tau(tau, shape.hidden_size)
         dims = sink_dims_of(shape, tau) if self.sink_dims is None else tuple(self.sink_dims)
         if not dims:
-            warnings.warn(
+            warn(
                 f"no sink dimension at tau={tau:g}: this model shows no sinks, VAR changes nothing",
-                category=SightlineWarning,
-                stacklevel=2,
             )
         last = shape.layers - 1 if self.skip_last_layer else shape.layers
         return {"dims": dims, "tau": tau, "layers": range(self.first_layer, last)}

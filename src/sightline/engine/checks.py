@@ -47,11 +47,8 @@ def check_weights(model: nn.Module) -> None:
 @contextmanager
 def checked_options(model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
     """Run `model.generate` with these arguments: what it says against them is a ParameterError, names before any work."""
-    known = {
-        *signature(model.generate).parameters,
-        *signature(model.forward).parameters,
-        *vars(model.generation_config),
-    }
+    takers = (model.generate, model.forward, model.prepare_inputs_for_generation)
+    known = {name for taker in takers for name in signature(taker).parameters} | set(vars(model.generation_config))
     known = sorted(name for name in known - {"kwargs", "model_kwargs"} if not name.startswith("_"))
     for name in options:
         if name not in known:

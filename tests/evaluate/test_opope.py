@@ -19,6 +19,7 @@ def test_by_hand() -> None:
     assert (some["precision"], some["recall"]) == (1, 0.5)
     assert some["f_beta"] == pytest.approx(1.04 * 0.5 / (0.04 + 0.5))
     assert some.correct == (False,)
+    assert some.graded  # a caption is more or less right: the paired test must not ask for all or nothing
     nothing = opope.score([{"named": [], "asked": asked}], ["a"])
     assert nothing["f_beta"] == 0
     with pytest.raises(InputError, match="neither yes nor no"):

@@ -54,4 +54,4 @@ def score(rows: Sequence[Mapping], pictures: Sequence[str]) -> Scored:
         correct.append(right == len(said))
     shares = [("accuracy", "right", "n"), ("precision", "hit", "named"), ("recall", "hit", "present")]
     tally = Tally.collect(counts, formulas, shares)
-    return Scored(tally.metrics(), tuple(correct), tally, "f_beta", rules={"beta": BETA})
+    return Scored(tally.metrics(), tuple(correct), tally, "f_beta", graded=True, rules={"beta": BETA})

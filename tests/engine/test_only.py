@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import sightline as sl
-from sightline.engine.attention import Call, Edit, Only, Probe, among, attend, naive_attention, rows_of
+from sightline.engine import attention
+from sightline.engine.attention import Call, Edit, Only, Probe, among, attend, naive_attention, rows_of, sums_of
 from sightline.engine.mixed import Block, mixed, pack, quantise, unpack
 from sightline.errors import AttachError, HostError, ParameterError
 from tests.engine.numerics import Largest, assert_close
@@ -109,6 +110,28 @@ def test_rows_of_chosen_queries(mask, past):
                 assert_close("row", found[row, :, k], whole[row, :, query], 1e-5)
 
 
+@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+@pytest.mark.parametrize("piece", [1, 600, 1 << 20])
+@pytest.mark.parametrize(("heads_kv", "dtype"), [(1, torch.float32), (2, torch.float32), (4, torch.bfloat16)])
+def test_sums_of_chosen_queries(mask, piece, heads_kv, dtype, monkeypatch):
+    """As the rows themselves, however many heads are summed at once; queries that are none, or see nothing, give nothing."""
+    monkeypatch.setattr(attention, "PIECE_BYTES", piece)
+    one = call(heads_kv=heads_kv, mask=mask, dtype=dtype)
+    queries = torch.tensor([[12, 4, -1], [7, 0, 5]])  # row 1's query 0 is padding where there is a mask
+    found = sums_of(one, queries)
+    assert not found.requires_grad
+    assert_close("sums", found, rows_of(one, queries).mean(1).sum(1).detach(), 1e-6)
+    if mask != "none":
+        assert_close("asked", found.sum(1), torch.tensor([2.0, 2.0]), 1e-5)
+
+
+def test_sums_make_nothing_of_all_heads():
+    one = Call(*(torch.randn(1, 8, 700, 8) for _ in range(3)), None, True, 1.0)
+    with Largest() as largest:
+        sums_of(one, torch.arange(600, 700)[None])
+    assert largest.numel < 8 * 100 * 700
+
+
 def test_no_large_tensor_appears():
     """Attention among a tenth of the tokens makes nothing of the size of a whole map, without a mask."""
     one = _with(
@@ -135,23 +158,46 @@ def test_packing(bits, dim):
 @given(bits=st.sampled_from([2, 4, 8]), over=st.sampled_from([2, 3]), seed=st.integers(0, 1000))
 def test_the_error_is_half_a_step(bits, over, seed):
     x = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(seed)) * 10
-    real = torch.ones(2, 6, dtype=torch.bool)
-    codes = quantise(x, bits, real, over=over)
+    codes = quantise(x, bits, over=over)
     assert ((codes.numbers() - x).abs() <= codes.scale / 2 * 1.001 + 1e-5).all()
-    by_channel = quantise(x, bits, real, over=3, channels=True)
+    by_channel = quantise(x, bits, over=3, channels=True)
     limit = by_channel.scale / 2 * by_channel.channel
     assert ((by_channel.numbers() - x).abs() <= limit * 1.001 + 1e-5).all()
 
 
-def test_constant_numbers_and_padding():
-    x = torch.full((1, 1, 4, 8), 3.0)
-    real = torch.tensor([[True, True, True, False]])
-    assert torch.allclose(quantise(x, 2, real, over=2).numbers(), x)
-    x[:, :, 3] = 1e9  # padding spoils no minimum
-    assert torch.allclose(quantise(x, 2, real, over=2).numbers()[:, :, :3], x[:, :, :3])
-    assert quantise(x, 2, torch.zeros_like(real), over=2).numbers().isfinite().all()
+@pytest.mark.parametrize("size", [1.0, 1e-38, 1e-44])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_no_code_leaves_its_bits(bits, size):
+    """Down to the smallest numbers none spills into its neighbour's bits: all stay within the old range."""
+    x = torch.randn(1, 2, 50, 8, generator=torch.Generator().manual_seed(0)) * size
+    x[:, 0] = 3.0 * size
+    for over in (2, 3):
+        found = quantise(x, bits, over=over).numbers()
+        assert torch.equal(found[:, 0], x[:, 0])
+        assert (found >= x.amin(over, keepdim=True)).all()
+        assert (found <= x.amax(over, keepdim=True) + 1e-6 * size).all()
     with pytest.raises(ParameterError, match="choose one of"):
-        quantise(x, 3, real, over=2)
+        quantise(x, 3, over=2)
+
+
+@pytest.mark.parametrize("bits", [(8, 2), (16, 16)])
+def test_padding_spoils_no_minimum(bits):
+    """A row without padding and one with it, of any size, hold the same numbers in the same codes."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 6, 8, generator=generator)
+    high = torch.tensor([[True, False, True, False, False, True]])
+    whole = Block.of(keys, values, high, bits, torch.ones_like(high)).restored()
+    wide = [torch.cat([torch.full((1, 2, 3, 8), 1e9), x], 2) for x in (keys, values)]
+    pad, both = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
+    real, both[:1] = torch.cat([pad, torch.ones_like(high)], 1), torch.cat([pad, high], 1)
+    both[1] = ~both[0]  # another row, of which fewer are unimportant
+    real = torch.cat([real, torch.ones_like(real)])
+    rows = [torch.cat([x, torch.randn(1, 2, 9, 8, generator=generator)]) for x in wide]
+    for found, wanted in zip(Block.of(*rows, both, bits, real).restored(), whole, strict=True):
+        assert torch.equal(found[:1, :, 3:], wanted)
+        assert found.isfinite().all()
+    nothing = Block.of(*rows, torch.zeros_like(both), bits, torch.zeros_like(real)).restored()
+    assert all(x.isfinite().all() for x in nothing)
 
 
 def test_blocks_keep_the_order():

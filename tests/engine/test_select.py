@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -128,6 +129,29 @@ def test_take():
         select.take(x, index, dim=2), torch.stack([x[0][:, [0, 2]], x[1][:, [1, 1]] * torch.tensor([0, 1])])
     )
     assert select.take(torch.ones(2, 3), index, fill=7).tolist() == [[1, 1], [7, 1]]
+
+
+@pytest.mark.parametrize("form", ["contiguous", "heads behind tokens", "expanded", "one wide"])
+@pytest.mark.parametrize("filled", [True, False])
+def test_take_is_a_gather_in_every_layout(form, filled):
+    """The same entries and gradients as entry by entry, for all layouts that attention meets."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 5, 1 if form == "one wide" else 4, generator=generator)  # (B, H, N, D)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if form == "heads behind tokens" else x
+    x = x[:1].expand(3, -1, -1, -1) if form == "expanded" else x
+    x.requires_grad_()
+    index = torch.randint(0, 5, (3, 7), generator=generator)
+    index = index.masked_fill(torch.rand(3, 7, generator=generator) < 0.3, -1) if filled else index
+    found = select.take(x, index, dim=2, fill=9.0)
+    weight = torch.randn(found.shape, generator=generator)
+    wanted = torch.zeros_like(x)
+    for b, h, k in itertools.product(range(3), range(2), range(7)):
+        i = int(index[b, k])
+        assert torch.equal(found[b, h, k], torch.full_like(found[b, h, k], 9.0) if i < 0 else x[b, h, i])
+        if i >= 0:
+            wanted[b, h, i] += weight[b, h, k]
+    got = torch.autograd.grad((found * weight).sum(), x)[0]
+    assert torch.allclose(got, wanted, atol=1e-6)
 
 
 @few

@@ -20,6 +20,11 @@ from tests.tiny_hosts import picture
 QUESTIONS, PICTURES = ["Is there a dog?", "How many red cups are on the table?"], [picture(), picture(80, 64, 1)]
 
 
+def split(rows: torch.Tensor, seen: torch.Tensor, tau: float) -> torch.Tensor:
+    """The important tokens by rows (B, P, N) of attention, mean over heads."""
+    return important(rows.sum(1), seen.sum(1), tau)
+
+
 def maps(seed: int, count: int = 20, sharp: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole causal maps (2, N, N) and what is visible."""
     seen = torch.ones(count, count).tril().bool().expand(2, -1, -1)
@@ -31,7 +36,7 @@ def maps(seed: int, count: int = 20, sharp: float = 2.0) -> tuple[torch.Tensor, 
 @given(seed=st.integers(0, 10_000), tau=st.floats(0.05, 0.99), more=st.floats(0, 0.5))
 def test_more_mass_never_means_fewer_tokens(seed, tau, more):
     rows, seen = maps(seed)
-    few, many = important(rows, seen, tau), important(rows, seen, min(tau + more, 1.0))
+    few, many = split(rows, seen, tau), split(rows, seen, min(tau + more, 1.0))
     assert (few.sum(1) >= 1).all()
     assert (few.sum(1) <= many.sum(1)).all()
     assert not (few & ~many).any()  # the same order, cut later
@@ -45,19 +50,19 @@ def test_more_mass_never_means_fewer_tokens(seed, tau, more):
 
 def test_uniform_and_one_hot():
     seen = torch.ones(1, 4, 10, dtype=torch.bool)
-    assert int(important(torch.full((1, 4, 10), 0.1), seen, 0.55).sum()) == math.ceil(5.5)
+    assert int(split(torch.full((1, 4, 10), 0.1), seen, 0.55).sum()) == math.ceil(5.5)
     hot = torch.zeros(1, 4, 10)
     hot[..., 3] = 1.0
-    assert important(hot, seen, 0.99).nonzero().tolist() == [[0, 3]]
+    assert split(hot, seen, 0.99).nonzero().tolist() == [[0, 3]]
 
 
 def test_early_tokens_have_no_advantage():
     """Of two tokens with equal sums the one that fewer probes could see ranks higher."""
     rows = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]])
     seen = torch.ones(3, 3).tril().bool()[None]
-    assert important(rows, seen, 0.5).tolist() == [[True, False, False]]  # 1.7/3 = .57, .9/2 = .45, .4/1 = .4
+    assert split(rows, seen, 0.5).tolist() == [[True, False, False]]  # 1.7/3 = .57, .9/2 = .45, .4/1 = .4
     rows = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.2, 0.8]]])
-    assert important(rows, seen, 0.5).tolist() == [[False, False, True]]  # 1.5/3, .7/2, .8/1
+    assert split(rows, seen, 0.5).tolist() == [[False, False, True]]  # 1.5/3, .7/2, .8/1
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,7 +88,7 @@ def test_the_first_layer_attends_among_the_important(name, tiny):
     with sl.attach(host.model, watch):
         forward(host.model, inputs)
     rows = watch.seen.maps[0][0].mean(1)  # (1, N, N)
-    wanted = important(rows, torch.ones_like(rows).tril().bool(), 0.8)
+    wanted = split(rows, torch.ones_like(rows).tril().bool(), 0.8)
     again = sl.record(maps=True, sinks=False)
     with sl.attach(host.model, ZipVL(tau=0.8, recent=500, cache_mode="keep"), again) as attached:
         forward(host.model, inputs)

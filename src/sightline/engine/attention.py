@@ -22,6 +22,7 @@ from torch import Tensor
 from sightline.engine.select import columns, take
 
 CHUNK_BYTES = 8 << 20  # fp32 scores of one chunk of rows; bounds the extra memory
+PIECE_BYTES = 1 << 20  # the same on a CPU where scores are only summed: they stay in its cache between the steps
 
 
 @dataclass(frozen=True)
@@ -363,26 +364,56 @@ def visible(call: Call, queries: Tensor, keys: int | None = None) -> Tensor:
     return take(mask, queries) if mask.shape[1] > 1 else mask & (queries >= 0)[..., None]
 
 
+@torch.no_grad()
+def sums_of(call: Call, queries: Tensor) -> Tensor:
+    """What chosen queries give to every key in sum, mean over heads: (B, K) fp32, as `rows_of(...).mean(1).sum(1)`.
+
+    Some heads at a time, so that no (B, H, R, K) appears; on a CPU what is at work stays in its cache.
+
+    Args:
+        queries: (B, R) which queries of the call; -1: none.
+    """
+    heads_kv = call.key.shape[1]
+    power = 2.0 ** math.floor(math.log2(call.scale))  # as in `row_weights`
+    seen = visible(call, queries)  # (B, R, K)
+    asks = seen.any(-1)  # a row that sees no key gives nothing
+    bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen & asks[..., None], -torch.inf)
+    asked = (take(call.query, queries, dim=2) * power).unflatten(1, (heads_kv, -1))  # (B, Hkv, G, R, D)
+    total = torch.zeros_like(bias[:, 0])
+    for row, (query, key) in enumerate(zip(asked, call.key, strict=True)):
+        each = bias[row].numel() * query.shape[1] * 4
+        step = max(1, (PIECE_BYTES if key.device.type == "cpu" else CHUNK_BYTES) // each)
+        for q, k in zip(query.split(step), key.split(step), strict=True):  # (h, G, R, D), (h, K, D)
+            scores = (q.flatten(1, 2) @ k.transpose(1, 2)).float().view(-1, *bias[row].shape)  # (h G, R, K)
+            weights = torch.add(bias[row], scores, alpha=call.scale / power).softmax(-1)
+            total[row] += asks[row].float().repeat(len(weights)) @ weights.flatten(0, 1)
+    return total / call.query.shape[1]
+
+
 def among(call: Call) -> Tensor:
     """The output (B, Q, H, Dv) of attention among `call.only`: gathered, one run of the fast kernel, put back."""
-    queries, keys = columns(call.only[:, call.keys - call.queries :]), columns(call.only)  # (B, p), (B, k)
-    whole = call.mask is None and queries.shape == keys.shape and call.causal and not bool((keys < 0).any())
-    mask = None if whole else take(visible(call, queries), keys, dim=2)[:, None]  # (B, 1, p, k)
-    mask = (
-        None if whole else mask | ~mask.any(-1, keepdim=True)
-    )  # fillers see all, for kernels that make NaN of nothing
+    keys = columns(call.only)  # (B, k)
+    prompt = call.queries == call.keys
+    queries = keys if prompt else columns(call.only[:, call.keys - call.queries :])  # (B, p)
+    even = len(keys) == 1 or not bool((keys < 0).any())
+    mask = None
+    if call.mask is not None or not (prompt and call.causal and even):
+        mask = take(visible(call, queries), keys, dim=2)[:, None]  # (B, 1, p, k)
+        mask = mask | ~mask.any(-1, keepdim=True)  # fillers see all, for kernels that make NaN of nothing
     output = F.scaled_dot_product_attention(
         take(call.query, queries, dim=2),
         take(call.key, keys, dim=2),
         take(call.value, keys, dim=2),
         attn_mask=mask,
-        is_causal=whole,
+        is_causal=mask is None,
         scale=call.scale,
         enable_gqa=call.key.shape[1] != call.query.shape[1],
-    )  # (B, H, p, Dv)
-    index = torch.where(queries < 0, call.queries, queries)[:, None, :, None].expand_as(output)
-    full = output.new_zeros(*output.shape[:2], call.queries + 1, output.shape[3]).scatter(2, index, output)
-    return full[:, :, : call.queries].transpose(1, 2).contiguous()
+    ).transpose(1, 2)  # (B, p, H, Dv)
+    batch, count = len(queries), call.queries
+    place = torch.arange(batch, device=queries.device)[:, None] * count + queries
+    place = torch.where(queries < 0, batch * count, place).flatten()  # fillers go behind the end
+    full = output.new_zeros(batch * count + 1, *output.shape[2:]).index_copy(0, place, output.flatten(0, 1))
+    return full[:-1].view(batch, count, *output.shape[2:])
 
 
 def _gain(edit: Edit, lo: int, hi: int) -> Tensor:

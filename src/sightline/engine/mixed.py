@@ -9,6 +9,7 @@ divided by c = sqrt(max |v|) over these tokens, and multiplied by it afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ from sightline.engine.select import columns, take
 from sightline.errors import AttachError, ParameterError
 
 BITS = (2, 4, 8, 16)
+PIECE_BYTES = 1 << 20  # of fp32 numbers worked on at once on a CPU: they stay in its cache between the steps
 
 
 @dataclass(frozen=True)
@@ -44,53 +46,63 @@ class Codes:
 
     @property
     def bytes(self) -> int:
-        return sum(
-            t.numel() * t.element_size() for t in (self.code, self.low, self.scale, self.channel) if t is not None
-        )
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by name."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in parts.items() if isinstance(v, Tensor)}
 
     def rows(self, change: Any) -> Codes:
         """With every tensor's batch dimension changed."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(v) for k, v in parts.items() if isinstance(v, Tensor)})
+        return replace(self, **{k: change(v) for k, v in self.tensors().items()})
+
+    @classmethod
+    def of_heads(cls, parts: Sequence[Codes]) -> Codes:
+        """The codes of all heads from those of some each."""
+        return replace(parts[0], **{k: torch.cat([getattr(p, k) for p in parts], 1) for k in parts[0].tensors()})
 
 
 def pack(code: Tensor, bits: int) -> Tensor:
-    """(..., D) uint8 below 2^bits -> (..., ceil(D bits / 8)) uint8."""
+    """(..., D) whole numbers below 2^bits, of any type -> (..., ceil(D bits / 8)) uint8, far channels side by side."""
     each = 8 // bits
-    code = F.pad(code, (0, -code.shape[-1] % each)).unflatten(-1, (-1, each))
-    shift = torch.arange(0, 8, bits, device=code.device, dtype=torch.uint8)
-    return (code << shift).sum(-1, dtype=torch.uint8)
+    first, *others = F.pad(code, (0, -code.shape[-1] % each)).chunk(each, -1)
+    for k, other in enumerate(others, 1):
+        first = torch.add(first, other, alpha=2 ** (k * bits))
+    return first.to(torch.uint8)
 
 
 def unpack(code: Tensor, bits: int, dim: int) -> Tensor:
     """The inverse of `pack`: (..., dim) uint8."""
-    shift = torch.arange(0, 8, bits, device=code.device, dtype=torch.uint8)
-    return ((code[..., None] >> shift) & (2**bits - 1)).flatten(-2)[..., :dim]
+    if bits == 8:
+        return code
+    return torch.cat([(code >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)[..., :dim]
 
 
-def quantise(x: Tensor, bits: int, real: Tensor, *, over: int, channels: bool = False) -> Codes:
+def quantise(x: Tensor, bits: int, *, over: int, channels: bool = False) -> Codes:
     """Codes of x.
 
     Args:
-        x: (B, H, n, D). bits: 2, 4, 8 or 16. real: (B, n) bool, tokens whose numbers count for minima and maxima.
-        over: the dimension over which these are taken: 2 (tokens) for keys, 3 (channels) for values.
+        x: (B, H, n, D). bits: 2, 4, 8 or 16.
+        over: the dimension over which minima and maxima are taken: 2 (tokens) for keys, 3 (channels) for values.
         channels: divide every channel by sqrt(max |x|) before.
     """
     if bits not in BITS:
         raise ParameterError(f"bits={bits!r}: choose one of {BITS}")
     if bits == 16 or x.shape[2] == 0:
         return Codes(x, None, None, None, 16, x.shape[-1])
-    here, channel, value = real[:, None, :, None], None, x.float()
+    heads = PIECE_BYTES // (4 * x[:, :1].numel()) or 1
+    if x.device.type == "cpu" and heads < x.shape[1]:
+        return Codes.of_heads([quantise(part, bits, over=over, channels=channels) for part in x.split(heads, 1)])
+    value, channel = x.float(), None
     if channels:
-        channel = value.abs().masked_fill(~here, 0.0).amax(2, keepdim=True).sqrt()
+        channel = value.abs().amax(2, keepdim=True).sqrt()
         channel = torch.where(channel > 0, channel, 1.0)
         value = value / channel
-    low = value.masked_fill(~here, torch.inf).amin(over, keepdim=True)
-    high = value.masked_fill(~here, -torch.inf).amax(over, keepdim=True)
-    low, high = (torch.where(t.isfinite(), t, 0.0) for t in (low, high))  # nothing real: zero
-    scale = (high - low) / (2**bits - 1)
-    code = ((value - low) / torch.where(scale > 0, scale, 1.0)).round().clamp(0, 2**bits - 1)
-    code = pack(code.masked_fill(~here, 0.0).to(torch.uint8), bits)
+    low = value.amin(over, keepdim=True)
+    scale = (value.amax(over, keepdim=True) - low) / (2**bits - 1)
+    step = torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, torch.inf)  # all the same: code 0
+    code = pack((value - low).div_(step).round_(), bits)
     channel = None if channel is None else channel.to(x.dtype)
     return Codes(code, low.to(x.dtype), scale.to(x.dtype), channel, bits, x.shape[-1])
 
@@ -111,8 +123,10 @@ class Block:
         for chosen, width in zip((high, ~high), bits, strict=True):
             where = columns(chosen, pad="right")  # (B, m)
             there = (where >= 0) & take(real, where)
-            k, v = take(keys, where, dim=2), take(values, where, dim=2)
-            parts.append((quantise(k, width, there, over=2), quantise(v, width, there, over=3, channels=True)))
+            first = (chosen & real).int().argmax(1, keepdim=True)  # (B, 1)
+            source = torch.where(there, where, first)  # padding is held like a real token: it spoils no minimum
+            k, v = take(keys, source, dim=2), take(values, source, dim=2)
+            parts.append((quantise(k, width, over=2), quantise(v, width, over=3, channels=True)))
             index.append(where)
         order = torch.cat(index, 1)  # (B, m + m')
         place = torch.zeros(high.shape[0], high.shape[1] + 1, dtype=torch.long, device=high.device)
@@ -169,7 +183,7 @@ def mixed_class() -> type:
         def compress(self, high: Tensor, bits: tuple[int, int], real: Tensor) -> None:
             """Compress the tokens since the last time; high, real: (B, r) bool."""
             self.blocks.append(Block.of(self.keys, self.values, high, bits, real))
-            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+            self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))  # a view would hold all
 
         def get_seq_length(self) -> int:
             return self.cumulative_length

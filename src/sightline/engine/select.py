@@ -170,11 +170,29 @@ def columns(mask: Tensor, *, pad: Literal["left", "right"] = "left", width: int 
 
 def take(x: Tensor, index: Tensor, *, fill: float = 0.0, dim: int = 1) -> Tensor:
     """Entries `index` (B, M) of `x` along `dim` (x's batch is dimension 0), `fill` where the index is -1."""
+    if dim == 2 and x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return take(x.transpose(1, 2), index, fill=fill).transpose(
+            1, 2
+        )  # heads behind tokens, as projections leave them
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
-    wide = index.clamp(min=0).reshape(shape).expand(*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :])
-    found = x.gather(dim, wide)
+    if x.is_contiguous() and x.shape[dim + 1 :].numel() > 1:
+        found = _runs(x, index, dim)
+    else:
+        wide = index.clamp(min=0).reshape(shape).expand(*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :])
+        found = x.gather(dim, wide)
+    if index.device.type == "cpu" and not bool((index < 0).any()):  # another device is not asked
+        return found
     return found.masked_fill((index < 0).reshape(shape), fill)
+
+
+def _runs(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """`take` without the filling, by copying what lies behind `dim` in one piece: many times faster than `gather`."""
+    before, count = x.shape[1:dim].numel(), x.shape[dim]  # e.g. heads, tokens
+    start = torch.arange(x.shape[0] * before, device=index.device).view(-1, before, 1) * count
+    place = (start + index.clamp(min=0)[:, None]).flatten()
+    found = x.reshape(-1, *x.shape[dim + 1 :]).index_select(0, place)
+    return found.view(*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :])
 
 
 def merge(x: Tensor, target: Tensor, count: int, *, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:

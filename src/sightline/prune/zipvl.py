@@ -32,25 +32,24 @@ import torch
 from torch import Tensor
 
 from sightline.catalog import Paper, check_parameters, param, system
-from sightline.engine.attention import Only, Probe, rows_of, visible
+from sightline.engine.attention import Only, Probe, sums_of, visible
 from sightline.engine.select import best, columns, mass
 from sightline.engine.system import Site, System
 from sightline.engine.tokens import Role
 from sightline.errors import ParameterError
 
 
-def important(rows: Tensor, seen: Tensor, tau: float, valid: Tensor | None = None) -> Tensor:
+def important(sums: Tensor, seen: Tensor, tau: float, valid: Tensor | None = None) -> Tensor:
     """(B, N) bool: the tokens T.
 
     Args:
-        rows: (B, P, N) attention of the probes, mean over heads; zero rows are none.
-        seen: (B, P, N) bool, which tokens each probe may see.
+        sums: (B, N) s, the attention that every token got from all probes, mean over heads.
+        seen: (B, N) how many probes may see each token.
         tau: share of the attention that T would hold by plain sums.
         valid: (B, N) bool, tokens that are no padding.
     """
-    total = rows.float().sum(1)  # (B, N)
-    count = mass(total, tau, valid=valid).sum(-1)  # (B,)
-    return best(total / seen.sum(1).clamp(min=1), count, valid=valid)
+    count = mass(sums, tau, valid=valid).sum(-1)  # (B,)
+    return best(sums / seen.clamp(min=1), count, valid=valid)
 
 
 def probes(real: Tensor, recent: int, random: int, draws: Tensor) -> Tensor:
@@ -124,8 +123,8 @@ class ZipVL(System):
         queries = columns(probes(asking, self.recent, self.random, draws))  # (B, P)
         keys = site.call.keys
         shown = real[:, real.shape[1] - keys :]  # a sliding window shows the last columns only
-        rows = rows_of(site.call, queries).mean(1)
-        chosen = important(rows, visible(site.call, queries), self.tau, shown)  # (B, K)
+        sums, seen = sums_of(site.call, queries), visible(site.call, queries).sum(1)
+        chosen = important(sums, seen, self.tau, shown)  # (B, K)
         chosen = torch.nn.functional.pad(chosen, (real.shape[1] - keys, 0))
         chosen = chosen | (real & (role == int(Role.GENERATED)))  # repeated without a cache: as when each came alone
         site.state["high", site.layer] = chosen

@@ -58,12 +58,12 @@ def make_model(layers: int, device: str, tower: int = 2) -> tf.LlavaForCondition
     return model
 
 
-def make_inputs(device: str) -> dict[str, torch.Tensor]:
-    """One prompt: 16 text tokens, 576 image tokens, 48 text tokens."""
+def make_inputs(device: str, pictures: int = 1) -> dict[str, torch.Tensor]:
+    """One prompt: 16 text tokens, 576 image tokens per picture, 48 text tokens."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(5, 31000, (1, TEXT), generator=generator)
-    ids = torch.cat([text[:, :16], torch.full((1, GRID * GRID), IMAGE), text[:, 16:]], 1)
-    pixels = torch.randn(1, 3, 96, 96, generator=generator)
+    ids = torch.cat([text[:, :16], torch.full((1, pictures * GRID * GRID), IMAGE), text[:, 16:]], 1)
+    pixels = torch.randn(pictures, 3, 96, 96, generator=generator)
     return {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones_like(ids).to(device),

@@ -14,11 +14,13 @@ import sightline as sl
 from sightline import hosts, scenes
 from sightline.clips import Clip
 from sightline.engine.passes import Passes
+from sightline.engine.sequences import made_cache
 from sightline.errors import InputError, ParameterError
 from sightline.lvlm import LVLM
 from sightline.prune.quota import (
     QuoTA,
     assign,
+    decided,
     frame_question,
     objects_of,
     scale_weights,
@@ -115,8 +117,9 @@ def test_tokens_of_every_frame_follow_its_probability(tiny) -> None:
     with sl.attach(host.model, system) as attached, torch.no_grad():
         made = host.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     counts = shares(weigh(chances), 72, 36)
-    assert attached.report()["quota"]["tokens_per_frame"] == counts
-    kept = sum(int(np.prod(sides(min(n, 36), (6, 6)))) for n in counts if n > 0)
+    each = [int(np.prod(sides(min(n, 36), (6, 6)))) if n > 0 else 0 for n in counts]
+    assert attached.report()["quota"]["tokens_per_frame"] == each
+    kept = sum(each)
     cache = getattr(made, "past_key_values", None) or made.cache
     assert cache.layers[0].keys.shape[2] == inputs["input_ids"].shape[1] - 6 * 36 + kept + 1
 
@@ -140,6 +143,61 @@ def test_its_passes_ask_and_score_every_frame() -> None:
         [clip] * 2, "Where is the cup?", systems=[QuoTA(enhance_tokens=2, enhance_total=6)], max_new_tokens=6
     )
     assert short[0] == short[1] != plain
+
+
+def test_a_still_picture_has_no_more_tokens_than_it_has(tiny) -> None:
+    """Its share is the whole budget, far above what there is: the report says what was kept, and nothing changes."""
+    host = tiny("llava")
+    inputs = host.inputs(["What is it?"], [SIX[:1]])
+    plain = host.model.generate(**inputs, max_new_tokens=3)
+    with sl.attach(host.model, QuoTA()) as attached:
+        assert torch.equal(host.model.generate(**inputs, max_new_tokens=3), plain)
+    assert attached.report()["quota"] == {"tokens_per_frame": [36]}
+
+
+FULL = 'Step 1: Yes\nStep 2: ["A", "b"]\nStep 3: ["red cup", "Dog "]'
+
+
+@pytest.mark.parametrize(
+    "answer", [FULL, "Step 1: no, since\nStep 3: ['cup']", "step 3: [3]\nStep 1: yes, STEP 3: ['x']"]
+)
+def test_an_answer_is_decided_when_no_more_text_changes_it(answer) -> None:
+    """Cut anywhere behind the first decided place, or made longer, it is read alike; before, it is not decided."""
+    first = next(k for k in range(len(answer) + 1) if decided(answer[:k]))
+    for more in ("", *(answer[first:k] for k in range(first, len(answer) + 1)), "\nStep 1: no\nStep 3: ['y']"):
+        assert decided(answer[:first] + more)
+        assert objects_of(answer[:first] + more) == objects_of(answer[:first]) == objects_of(answer)
+    assert not decided("Step 1: perhaps\nStep 3: ['x']")
+
+
+def test_nothing_is_generated_behind_what_is_wanted() -> None:
+    lvlm = lvlm_of("llava")
+    seen: list[str] = []
+
+    def enough(answer: str) -> bool:
+        seen.append(answer)
+        return len(seen) == 3
+
+    whole = Passes(lvlm, SIX, "?").ask("Which objects?", max_new_tokens=8)
+    short = Passes(lvlm, SIX, "?").ask("Which objects?", max_new_tokens=8, until=enough)
+    assert len(seen) == 3
+    assert short == seen[-1].strip() != whole
+    assert whole.startswith(short)
+
+
+def test_scoring_makes_logits_of_one_token_and_no_cache() -> None:
+    lvlm = lvlm_of("llava")
+    rows, caches = [], []
+
+    def look(module, args, output) -> None:
+        rows.append(output.logits.shape[1])
+        caches.append(made_cache(output))
+
+    hook = lvlm.model.register_forward_hook(look)
+    Passes(lvlm, SIX, "?").chances("Is it there?", "A", SIX)
+    hook.remove()
+    assert rows == [1]
+    assert caches == [None]
 
 
 def test_wrong_settings() -> None:

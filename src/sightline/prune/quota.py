@@ -24,7 +24,7 @@ that are not square keep their aspect. (5) A frame keeps the separators it has o
 each row. The new tokens take the places (positions) of those nearest to them. (6) The prompt's wording is ours; the time
 line is what the host writes. (7) v4: a frame is pooled 2 x 2 before, as in the official caller.
 
-Cost: one text answer and T prefills of the scorer (batched); resizing is free. No attention maps.
+Cost: one text answer, which ends once its list is read, and T prefills of the scorer (batched, no cache). No attention maps.
 """
 
 from __future__ import annotations
@@ -69,14 +69,26 @@ Step 1: no"""
 OPTIONS = "A. yes, B. no\nAnswer with the option's letter directly."
 
 
-def objects_of(answer: str) -> list[str]:
-    """The list of objects in an answer to STEPS; empty when none are needed or it cannot be read."""
+def _steps(answer: str) -> tuple[str | None, str | None]:
+    """What an answer to STEPS says in step 1 and in step 3, as far as it can be read."""
     text = answer.lower()
     needed, listed = re.search(r"step 1: (yes|no)", text), re.search(r"step 3: (\[[^\]]*\])", text)
-    if needed is None or needed[1] == "no" or listed is None:
+    return needed and needed[1], listed and listed[1]
+
+
+def decided(answer: str) -> bool:
+    """Whether nothing that may still follow changes `objects_of` an answer."""
+    needed, listed = _steps(answer)
+    return needed == "no" or (needed == "yes" and listed is not None)
+
+
+def objects_of(answer: str) -> list[str]:
+    """The list of objects in an answer to STEPS; empty when none are needed or it cannot be read."""
+    needed, listed = _steps(answer)
+    if needed != "yes" or listed is None:
         return []
     try:
-        found = ast.literal_eval(listed[1])
+        found = ast.literal_eval(listed)
     except (ValueError, SyntaxError):
         return []
     return [name.strip() for name in found if isinstance(name, str) and name.strip()]
@@ -249,7 +261,7 @@ class QuoTA(System):
     def plan(self, passes: Passes) -> System:
         if self.idle() or self.probabilities is not None or len(passes.frames) < 2:
             return self
-        objects = objects_of(passes.ask(STEPS.format(question=passes.question), max_new_tokens=256))
+        objects = objects_of(passes.ask(STEPS.format(question=passes.question), max_new_tokens=256, until=decided))
         question = frame_question(passes.question, objects)
         return replace(self, probabilities=passes.chances(question, "A", passes.frames, model=self.scorer))
 
@@ -257,9 +269,9 @@ class QuoTA(System):
         keep, states = ~site.tokens.visual[:, site.start :], embeddings.clone()
         for row, frames in enumerate(frames_of(site)):
             counts = self._counts(frames)
-            site.tally["shares"] = [*site.tally.get("shares", []), counts]
-            for frame, count in zip(frames, counts, strict=True):
-                if count <= 0:
+            kept = site.tally["tokens_per_frame"] = [0] * len(frames)
+            for k, (frame, count) in enumerate(zip(frames, counts, strict=True)):
+                if count == 0:
                     continue
                 tokens, shape = embeddings[row, frame.columns], frame.shape
                 if self.enhance_version == "v4":
@@ -269,6 +281,7 @@ class QuoTA(System):
                 states[row, columns] = new.reshape(len(columns), -1)
                 keep[row, columns] = True
                 keep[row, frame.separators] = True
+                kept[k] = len(columns)
         return Keep(keep, states=states)
 
     def _counts(self, frames: list[Frame]) -> list[int]:
@@ -278,13 +291,11 @@ class QuoTA(System):
         chances = self.probabilities or (1.0,) * len(frames)
         if len(chances) % len(frames):
             raise InputError(f"quota has probabilities of {len(chances)} frames, the question has {len(frames)}")
-        merged = len(chances) // len(
-            frames
-        )  # a host's group of neighbouring frames is as likely as the likeliest of them
+        merged = len(chances) // len(frames)  # a group of neighbouring frames is as likely as the likeliest of them
         chances = [max(chances[k : k + merged]) for k in range(0, len(chances), merged)]
         rows, columns = max((f.shape for f in frames), key=math.prod)
-        size = rows * columns if self.enhance_version != "v4" else math.ceil(rows / 2) * math.ceil(columns / 2)
+        size = rows * columns if self.enhance_version != "v4" else -(-rows // 2) * -(-columns // 2)
         return shares(weigh(chances, self.weight_scale), self.budget, size, self.enhance_version)
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
-        return {"tokens_per_frame": tally["shares"][-1]} if "shares" in tally else {}
+        return dict(tally)  # of the last question, without separators

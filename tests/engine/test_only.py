@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import sightline as sl
 from sightline.engine import attention
+from sightline.engine import mixed as mixed_cache
 from sightline.engine.attention import Call, Edit, Only, Probe, among, attend, naive_attention, rows_of, sums_of
 from sightline.engine.mixed import Block, mixed, pack, quantise, unpack
 from sightline.errors import AttachError, HostError, ParameterError
@@ -180,6 +181,17 @@ def test_no_code_leaves_its_bits(bits, size):
         quantise(x, 3, over=2)
 
 
+@pytest.mark.parametrize("channels", [True, False])
+def test_pieces_are_the_whole(channels, monkeypatch):
+    """However many heads are quantised at once, the codes are the same."""
+    x = torch.randn(2, 5, 6, 8, generator=torch.Generator().manual_seed(0))
+    whole = quantise(x, 4, over=3, channels=channels)
+    for piece in (1, 4 * 2 * 6 * 8 * 2):  # one head, two heads
+        monkeypatch.setattr(mixed_cache, "PIECE_BYTES", piece)
+        found = quantise(x, 4, over=3, channels=channels).tensors()
+        assert all(torch.equal(found[name], part) for name, part in whole.tensors().items())
+
+
 @pytest.mark.parametrize("bits", [(8, 2), (16, 16)])
 def test_padding_spoils_no_minimum(bits):
     """A row without padding and one with it, of any size, hold the same numbers in the same codes."""
@@ -288,6 +300,7 @@ def test_a_compressed_cache_copies_and_repeats():
     assert torch.equal(other.all()[0], whole.repeat_interleave(2, 0))
     other.batch_select_indices(torch.tensor([2]))
     assert torch.equal(other.all()[0], whole[1:])
+    assert layer.keys.untyped_storage().nbytes() == 0  # nothing as it was is kept behind an empty view
     layer.update(*torch.randn(2, 2, 2, 1, 8))
     assert layer.get_seq_length() == 10
     assert layer.all()[0].shape == (2, 2, 10, 8)

@@ -239,9 +239,7 @@ class QuoTA(System):
     def __post_init__(self) -> None:
         check_parameters(self)
         if self.enhance_version not in VERSIONS:
-            raise ParameterError(
-                f"QuoTA: enhance_version={self.enhance_version!r}: choose one of {', '.join(VERSIONS)}"
-            )
+            raise ParameterError(f"QuoTA: enhance_version={self.enhance_version!r}: choose {', '.join(VERSIONS)}")
         if len(self.weight_scale) != 2 or min(self.weight_scale) <= 0:
             raise ParameterError(
                 f"QuoTA: weight_scale={self.weight_scale!r}: give two numbers above 0, factor and power"

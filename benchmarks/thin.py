@@ -116,10 +116,14 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     peaks = {name: peak_bytes(model, task) / 2**20 for name, task in tasks.items()}
     seconds = {name: statistics.median(s) for name, s in timed(tasks, args.rounds, args.device).items()}
     found = {}
+    print(f"\nprefill of {GRID**2} + {TEXT} tokens ({args.layers} layers x 1024)")
+    print(
+        f"{'':14s} {'seconds':>8s} {'speed-up':>9s} {'of decoder':>12s} {'of all':>12s} {'overhead':>9s} {'peak MB':>8s}"
+    )
     for name in tasks:
         speed = seconds["plain"] / seconds[name]
         ratio_decoder, ratio_all = (plain / mine for plain, mine in zip(macs["plain"], macs[name], strict=True))
-        found[name] = {
+        row = found[name] = {
             "seconds": seconds[name],
             "speed_up": speed,
             "decoder_ratio": ratio_decoder,
@@ -129,13 +133,18 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             "peak_mb": peaks[name],
         }
         if name in BEFORE:
-            found[name]["overhead"] = (seconds[name] - seconds["short prompt"]) / seconds["plain"]
+            row["overhead"] = (seconds[name] - seconds["short prompt"]) / seconds["plain"]
+        shares = " ".join(f"{row[k + '_ratio']:5.2f} {100 * row['of_' + k]:4.0f} %" for k in ("decoder", "all"))
+        own = f"{100 * row['overhead']:7.1f} %" if "overhead" in row else ""
+        print(f"{name:14s} {row['seconds']:8.3f} {speed:9.2f} {shares} {own:>9s} {row['peak_mb']:8.0f}")
     return found
 
 
 def lengths(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Per number of pictures and way: tokens, seconds, speed-up, its share of the ratio of counted FLOPs, important tokens."""
     model, found = make_model(PART_LAYERS, args.device, tower=4), {}
+    print(f"\nprefill of more pictures ({PART_LAYERS} layers x 1024)")
+    print(f"{'':14s} {'tokens':>7s} {'important':>10s} {'seconds':>8s} {'speed-up':>9s} {'of all':>12s}")
     for pictures in (int(k) for k in args.pictures.split(",")):
         inputs = make_inputs(args.device, pictures)
         shares: dict[str, float] = {}
@@ -152,41 +161,24 @@ def lengths(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         seconds = {name: statistics.median(s) for name, s in timed(tasks, args.rounds, args.device).items()}
         for name in tasks:
             speed, ratio = seconds["plain"] / seconds[name], macs["plain"] / macs[name]
-            found[f"{name} {pictures}"] = {
+            row = {
                 "tokens": inputs["input_ids"].shape[1],
+                "share": shares[name],
                 "seconds": seconds[name],
                 "speed_up": speed,
                 "all_ratio": ratio,
                 "of_all": speed / ratio,
-                "share": shares[name],
             }
+            found[f"{name} {pictures}"] = row
+            print(
+                f"{name:14s} {row['tokens']:7d} {100 * row['share']:8.0f} % {row['seconds']:8.3f} {speed:9.2f}"
+                f" {ratio:5.2f} {100 * speed / ratio:4.0f} %",
+                flush=True,
+            )
     return found
 
 
-def show_reducers(args: argparse.Namespace, found: dict[str, dict[str, float]]) -> None:
-    """Print what `measure` found."""
-    print(f"\nprefill of {GRID**2} + {TEXT} tokens ({args.layers} layers x 1024)")
-    print(
-        f"{'':14s} {'seconds':>8s} {'speed-up':>9s} {'of decoder':>12s} {'of all':>12s} {'overhead':>9s} {'peak MB':>8s}"
-    )
-    for name, row in found.items():
-        shares = " ".join(f"{row[k + '_ratio']:5.2f} {100 * row['of_' + k]:4.0f} %" for k in ("decoder", "all"))
-        own = f"{100 * row['overhead']:7.1f} %" if "overhead" in row else ""
-        print(f"{name:14s} {row['seconds']:8.3f} {row['speed_up']:9.2f} {shares} {own:>9s} {row['peak_mb']:8.0f}")
-
-
-def show_lengths(args: argparse.Namespace, found: dict[str, dict[str, float]]) -> None:
-    """Print what `lengths` found."""
-    print(f"\nprefill of more pictures ({PART_LAYERS} layers x 1024)")
-    print(f"{'':14s} {'tokens':>7s} {'important':>10s} {'seconds':>8s} {'speed-up':>9s} {'of all':>12s}")
-    for name, row in found.items():
-        share = f"{row['all_ratio']:5.2f} {100 * row['of_all']:4.0f} %"
-        print(
-            f"{name:14s} {row['tokens']:7d} {100 * row['share']:8.0f} % {row['seconds']:8.3f} {row['speed_up']:9.2f} {share}"
-        )
-
-
-PARTS = {"reducers": (measure, show_reducers), "lengths": (lengths, show_lengths)}
+PARTS = {"reducers": measure, "lengths": lengths}
 
 
 def main() -> None:
@@ -204,10 +196,7 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
     for part in [args.part] if args.part else PARTS:
-        run, show = PARTS[part]
-        rows = run(args)
-        show(args, rows)
-        found |= rows
+        found |= PARTS[part](args)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 

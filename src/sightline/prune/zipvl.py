@@ -19,8 +19,8 @@ Choices where the paper is silent: random probes are drawn one from each of `ran
 recent ones, so that a row's probes do not depend on its batch; layers with a sliding window keep their (bounded) cache at
 full precision when quantising; generated tokens ask one by one, so all of an interval are probes.
 
-Cost: |P| rows of attention per layer instead of N, then (p / N)^2 of the dense attention; projections and MLP are unchanged.
-The number p is read from the device, once per layer of a prompt. A compressed cache is restored layer by layer when used.
+Cost: |P| rows of attention per layer, summed some heads at a time, then (p / N)^2 of the dense attention; projections and MLP
+are unchanged. The number p is read from the device, once per layer of a prompt. A compressed cache is restored layer by layer when used.
 """
 
 from __future__ import annotations

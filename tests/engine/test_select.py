@@ -142,7 +142,7 @@ def test_take_is_a_gather_in_every_layout(form, filled):
     x.requires_grad_()
     index = torch.randint(0, 5, (3, 7), generator=generator)
     index = index.masked_fill(torch.rand(3, 7, generator=generator) < 0.3, -1) if filled else index
-    found = select.take(x, index, dim=2, fill=9.0)
+    found = select.take(x, index, dim=2, fill=9.0, filled=filled)
     weight = torch.randn(found.shape, generator=generator)
     wanted = torch.zeros_like(x)
     for b, h, k in itertools.product(range(3), range(2), range(7)):

@@ -378,7 +378,7 @@ def sums_of(call: Call, queries: Tensor) -> Tensor:
     seen = visible(call, queries)  # (B, R, K)
     asks = seen.any(-1)  # a row that sees no key gives nothing
     bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen & asks[..., None], -torch.inf)
-    asked = (take(call.query, queries, dim=2) * power).unflatten(1, (heads_kv, -1))  # (B, Hkv, G, R, D)
+    asked = (take(call.query, queries, dim=2, filled=False) * power).unflatten(1, (heads_kv, -1))  # (B, Hkv, G, R, D)
     total = torch.zeros_like(bias[:, 0])
     for row, (query, key) in enumerate(zip(asked, call.key, strict=True)):
         each = bias[row].numel() * query.shape[1] * 4
@@ -401,9 +401,9 @@ def among(call: Call) -> Tensor:
         mask = take(visible(call, queries), keys, dim=2)[:, None]  # (B, 1, p, k)
         mask = mask | ~mask.any(-1, keepdim=True)  # fillers see all, for kernels that make NaN of nothing
     output = F.scaled_dot_product_attention(
-        take(call.query, queries, dim=2),
-        take(call.key, keys, dim=2),
-        take(call.value, keys, dim=2),
+        take(call.query, queries, dim=2, filled=not even),
+        take(call.key, keys, dim=2, filled=not even),
+        take(call.value, keys, dim=2, filled=not even),
         attn_mask=mask,
         is_causal=mask is None,
         scale=call.scale,

@@ -288,7 +288,7 @@ class Cutter:
         most = min(most, stay.shape[-1])
         if stay.dim() == 2:
             index = columns(stay, width=most)
-            stored.keys, stored.values = take(stored.keys, index, dim=2), take(stored.values, index, dim=2)
+            stored.keys, stored.values = (take(x, index, dim=2, filled=filled) for x in (stored.keys, stored.values))
             new = Held(take(now, index, fill=-1), width, filled)
         else:
             index = _rows(partial(columns, width=most), stay)

@@ -125,7 +125,7 @@ class Block:
             there = (where >= 0) & take(real, where)
             first = (chosen & real).int().argmax(1, keepdim=True)  # (B, 1)
             source = torch.where(there, where, first)  # padding is held like a real token: it spoils no minimum
-            k, v = take(keys, source, dim=2), take(values, source, dim=2)
+            k, v = (take(x, source, dim=2, filled=False) for x in (keys, values))
             parts.append((quantise(k, width, over=2), quantise(v, width, over=3, channels=True)))
             index.append(where)
         order = torch.cat(index, 1)  # (B, m + m')
@@ -137,7 +137,7 @@ class Block:
     def restored(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, n, D) in the tokens' own order."""
         both = (torch.cat([part[i].numbers() for part in self.parts], 2) for i in (0, 1))
-        return tuple(take(x, self.place, dim=2) for x in both)
+        return tuple(take(x, self.place, dim=2, filled=False) for x in both)
 
     @property
     def bytes(self) -> int:

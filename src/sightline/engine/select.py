@@ -168,12 +168,14 @@ def columns(mask: Tensor, *, pad: Literal["left", "right"] = "left", width: int 
     return order.masked_fill(~real, -1)
 
 
-def take(x: Tensor, index: Tensor, *, fill: float = 0.0, dim: int = 1) -> Tensor:
-    """Entries `index` (B, M) of `x` along `dim` (x's batch is dimension 0), `fill` where the index is -1."""
+def take(x: Tensor, index: Tensor, *, fill: float = 0.0, dim: int = 1, filled: bool = True) -> Tensor:
+    """Entries `index` (B, M) of `x` along `dim` (x's batch is dimension 0), `fill` where the index is -1.
+
+    filled: whether there may be a -1; False saves the filling.
+    """
     if dim == 2 and x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
-        return take(x.transpose(1, 2), index, fill=fill).transpose(
-            1, 2
-        )  # heads behind tokens, as projections leave them
+        found = take(x.transpose(1, 2), index, fill=fill, filled=filled)
+        return found.transpose(1, 2)  # heads behind tokens, as projections leave them
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
     if x.is_contiguous() and x.shape[dim + 1 :].numel() > 1:
@@ -181,9 +183,7 @@ def take(x: Tensor, index: Tensor, *, fill: float = 0.0, dim: int = 1) -> Tensor
     else:
         wide = index.clamp(min=0).reshape(shape).expand(*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :])
         found = x.gather(dim, wide)
-    if index.device.type == "cpu" and not bool((index < 0).any()):  # another device is not asked
-        return found
-    return found.masked_fill((index < 0).reshape(shape), fill)
+    return found.masked_fill((index < 0).reshape(shape), fill) if filled else found
 
 
 def _runs(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -20,7 +20,8 @@ recent ones, so that a row's probes do not depend on its batch; layers with a sl
 full precision when quantising; generated tokens ask one by one, so all of an interval are probes.
 
 Cost: |P| rows of attention per layer, summed some heads at a time, then (p / N)^2 of the dense attention; projections and MLP
-are unchanged. The number p is read from the device, once per layer of a prompt. A compressed cache is restored layer by layer when used.
+are unchanged. The number p is read from the device, once per layer of a prompt. A compressed cache is restored layer by layer
+when used.
 """
 
 from __future__ import annotations

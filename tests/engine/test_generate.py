@@ -312,7 +312,7 @@ def test_another_attachment_takes_a_cache_over_without_its_memory(tiny):
             cache = host.model(**inputs).past_key_values
         with sl.attach(host.model, toy(logits=lambda site, x: states.append(dict(site.state)))) as attached:
             host.model(input_ids=torch.tensor([[300]]), past_key_values=cache)
-            assert cache._sightline.owner is attached
+            assert cache._sightline.owner is attached.sequences.owner
     assert states == [{}]
 
 

@@ -91,9 +91,8 @@ class Attachment:
             require_vision(model, own if own.isdisjoint(VISION) else ())
         self.shape = shape_of(model, self.host)
         self.workers = [_worker(s, self.shape) for s in systems]
-        me = proxy(
-            self
-        )  # its parts know it without keeping it alive: it is gone with its last user, not with the collector
+        # Its parts know it without keeping it alive: it is gone with its last user, not with the collector.
+        me = proxy(self)
         self.front = Front(me)
         self.doors = Doors(me)
         config = getattr(model, "config", None)

@@ -71,10 +71,10 @@ def test_from_the_command_to_a_model(toy_folder, many, tmp_path):
     assert begins == [orders.text_first(k) for k in range(3)]
     done = CliRunner().invoke(app, [*map(str, given), "--dual-order"], catch_exceptions=False)
     assert json.loads(done.stdout[done.stdout.index("{\n") :])["steps"] == 2  # behind the lines of progress
-    assert (Path(tmp_path) / "run" / "instruct.order.txt").read_text(encoding="utf-8") == "both"
+    assert (Path(tmp_path) / "run" / "instruct.order.txt").read_text(encoding="utf-8") == "both orders"
     other = CliRunner().invoke(app, list(map(str, given)))
     assert isinstance(other.exception, InputError)
-    assert "a training with both, not picture first" in str(other.exception)
+    assert "a stage 'instruct' trained with both orders, not picture first" in str(other.exception)
     with pytest.raises(ParameterError, match="only stage 2 has questions"):
         tuning.tune(data, str(toy_folder), 1, images, tmp_path / "x", epochs=1, steps=1, batch=1, lr=None, seed=0,
                     device=torch.device("cpu"), precision="fp32", workers=0, dual_order=True)  # fmt: skip

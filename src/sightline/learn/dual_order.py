@@ -12,12 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sightline.errors import InputError
 from sightline.learn import conversation
 from sightline.learn.conversation import Sample
-from sightline.learn.instruct import Records
-
-ORDER = "instruct.order.txt"  # beside a stage's checkpoint: with which orders it was begun
+from sightline.learn.instruct import Records, same_as_begun
 
 
 class DualOrder(Records):
@@ -37,10 +34,4 @@ class DualOrder(Records):
 
 def same_order(folder: Path, dual: bool) -> None:
     """Note with which orders a stage is trained; InputError when it was begun with others."""
-    path, now = Path(folder) / ORDER, "both" if dual else "picture first"
-    begun = path.read_text(encoding="utf-8") if path.exists() else "picture first"
-    if (Path(folder) / "instruct.safetensors").exists() and begun != now:
-        raise InputError(f"{folder} holds a training with {begun}, not {now}: choose an empty --out folder")
-    if begun != now:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path.write_text(now, encoding="utf-8")
+    same_as_begun(Path(folder), "instruct", "order", "both orders" if dual else "picture first", "picture first")

@@ -90,7 +90,7 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, make:
     stage was begun with others.
     """
     trained, name = freeze(model, stage), name or NAMES[stage]
-    _same_systems(Path(folder), name, to_spec(systems))
+    same_as_begun(Path(folder), name, "systems", to_spec(systems), "none")
     trainer = Trainer(name, trained, plan, folder, precision=precision, minutes=minutes)
     collate = partial(conversation.collate, pad=processor.tokenizer.pad_token_id)
     with carrying(model, systems):
@@ -112,17 +112,20 @@ def carrying(model: LlavaForConditionalGeneration, systems: Sequence[System]) ->
         yield
 
 
-def _same_systems(folder: Path, name: str, spec: str) -> None:
-    """Note which systems a stage is trained with; InputError when it was begun with others."""
-    path = folder / f"{name}.systems.txt"
-    begun = path.read_text(encoding="utf-8") if path.exists() else "none"
-    if (folder / f"{name}.safetensors").exists() and begun != spec:
+def same_as_begun(folder: Path, stage: str, what: str, now: str, usual: str) -> None:
+    """Note beside a stage's checkpoint with which `what` it is trained; InputError when it was begun with another.
+
+    Nothing is written where it is the `usual`.
+    """
+    path = folder / f"{stage}.{what}.txt"
+    begun = path.read_text(encoding="utf-8") if path.exists() else usual
+    if (folder / f"{stage}.safetensors").exists() and begun != now:
         raise InputError(
-            f"{folder} holds a stage {name!r} trained with {begun}, not {spec}: choose an empty --out folder"
+            f"{folder} holds a stage {stage!r} trained with {begun}, not {now}: choose an empty --out folder"
         )
-    if spec != begun:
+    if now != begun:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(spec, encoding="utf-8")
+        path.write_text(now, encoding="utf-8")
 
 
 def world_sample(index: int, recipe: Recipe, processor: LlavaProcessor) -> Sample:

@@ -15,30 +15,27 @@ from sightline.decode.agla import AGLA, assemble, gradcam, keep_mask, keep_ratio
 from sightline.errors import ModelError, ParameterError
 from sightline.matching import TINY, BLIPMatcher, load_matcher
 from tests.engine.numerics import assert_close
+from tests.steer.goldens import cases, load
 from tests.tiny_hosts import picture
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "agla"
-CASES = sorted(GOLDEN.glob("*.npz"))
 
-
-@pytest.mark.skipif(not CASES, reason="golden arrays are not here")
-@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+@cases("agla")
 def test_golden(path: Path) -> None:
-    case = dict(np.load(path))
+    case = load(path)
     if "logits" in case:
-        logits, local = (torch.from_numpy(case[k]) for k in ("logits", "logits_aug"))
-        found = assemble(logits, local, alpha=float(case.get("alpha", 2)), beta=float(case.get("beta", 0.5)))
-        torch.testing.assert_close(found, torch.from_numpy(case["out"]), rtol=0, atol=1e-5)
+        weights = {"alpha": case.get("alpha", 2), "beta": case.get("beta", 0.5)}
+        found = assemble(case["logits"], case["logits_aug"], **weights)
+        torch.testing.assert_close(found, case["out"], rtol=0, atol=1e-5)
         return
-    attention, gradient = (torch.from_numpy(case[k]) for k in ("cross_attn", "cross_attn_grad"))
-    cam = gradcam(attention, gradient, torch.ones(1, attention.shape[2]), (24, 24))[0]
-    torch.testing.assert_close(cam, torch.from_numpy(case["gradcam_mean_token"]), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(
-        torch.from_numpy(relevance(cam.numpy())[::8, ::8]).float(), torch.from_numpy(case["att_map_sample"]).float(),
-        rtol=0, atol=1e-4,
-    )  # fmt: skip
-    mask = np.unpackbits(case["mask_packed"], axis=-1).astype(bool)
-    assert (keep_mask(cam.numpy(), 0.37) != mask).mean() < 0.002
+    attention, gradient = case["cross_attn"], case["cross_attn_grad"]
+    words = case.get("attention_mask", torch.ones(attention.shape[2])).view(1, -1)
+    cam = gradcam(attention, gradient, words, (24, 24))[0]
+    torch.testing.assert_close(cam, case["gradcam_mean_token"], rtol=1e-4, atol=1e-7)
+    seen = torch.from_numpy(relevance(cam.numpy())[::8, ::8])
+    torch.testing.assert_close(seen.float(), case["att_map_sample"].float(), rtol=0, atol=1e-4)
+    mask = np.unpackbits(case["mask_packed"].numpy(), axis=-1).astype(bool)
+    similarity = 2 * (1 - case["ratio"]) if "ratio" in case else 0.37
+    assert (keep_mask(cam.numpy(), similarity) != mask).mean() < 0.002
 
 
 def test_relevance_is_what_scipy_computes() -> None:

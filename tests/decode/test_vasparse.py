@@ -15,10 +15,9 @@ from sightline.engine.sequences import made_cache
 from sightline.errors import AttachError, ParameterError
 from tests.engine.numerics import assert_close
 from tests.engine.whole import generate
+from tests.steer.goldens import cases, load
 from tests.tiny_hosts import picture
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "vasparse"
-CASES = sorted(GOLDEN.glob("*.npz"))
 OFF = {"mask_rate": 1.0, "alpha": 0.0, "beta": 0.0, "penalty": 0.0}
 
 
@@ -26,15 +25,13 @@ def inputs(host):
     return host.inputs(["Is there a dog?", "How many red cups?"], [[picture()], [picture(80, 64, 1)]])
 
 
-@pytest.mark.skipif(not CASES, reason="golden arrays are not here")
-@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+@cases("vasparse")
 def test_golden(path: Path) -> None:
-    case = dict(np.load(path))
-    attention, prior = torch.from_numpy(case["attn"]), torch.from_numpy(case["prior"])
-    received = relation(attention, int(case["image_begin"]), int(case["image_len"]))
-    torch.testing.assert_close(received, torch.from_numpy(case["relation"]), rtol=0, atol=1e-6)
-    keep = keep_mask(score(received, prior, lam=float(case["lam"])), float(case["keep_ratio"]))
-    assert torch.equal(keep, torch.from_numpy(case["keep"]).bool())
+    case = load(path)
+    received = relation(case["attn"], case["image_begin"], case["image_len"])
+    torch.testing.assert_close(received, case["relation"], rtol=0, atol=1e-6)
+    scores = score(received, case.get("prior", 1.0), lam=case["lam"], weight=case.get("weight", 1.0))
+    assert torch.equal(keep_mask(scores, case["keep_ratio"]), case["keep"].bool())
 
 
 def test_scores_do_not_know_heads_and_keep_as_many_as_they_should() -> None:

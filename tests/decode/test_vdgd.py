@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,17 +12,15 @@ from sightline.decode.contrast import plausible
 from sightline.decode.vdgd import DESCRIBE, DESCRIBED, VDGD, distances, nucleus, rescore
 from sightline.errors import ModelError, ParameterError
 from tests.engine.numerics import assert_close
+from tests.steer.goldens import cases, load
 from tests.tiny_hosts import picture
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "vdgd"
-CASES = sorted(GOLDEN.glob("*.npz"))
 
-
-@pytest.mark.skipif(not CASES, reason="golden arrays are not here")
-@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+@cases("vdgd")
 def test_golden(path: Path) -> None:
-    case = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
-    kept = nucleus(case["raw_logits"].view(1, -1))[0]
+    case = load(path)
+    settings = {k: case[k] for k in ("top_p", "temperature") if k in case}
+    kept = nucleus(case["raw_logits"].view(1, -1), **settings)[0]
     wanted = case["kept"]
     if wanted.dtype != torch.bool and wanted.shape != kept.shape:  # as indices
         assert kept.nonzero().flatten().tolist() == wanted.flatten().tolist()
@@ -32,6 +29,8 @@ def test_golden(path: Path) -> None:
     for reduction in ("min", "avg", "sum"):
         found = rescore(kept, distances(case["description_logits"], reduction), scale="release")
         torch.testing.assert_close(found, case[f"logits_{reduction}"].view(-1), rtol=1e-5, atol=1e-7)
+    if "single" in path.stem:
+        assert int(kept.sum()) == 1
 
 
 def test_reductions() -> None:

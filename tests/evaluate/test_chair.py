@@ -55,6 +55,14 @@ def test_words_of_coco(read, caption, objects):
     assert read(caption) == objects
 
 
+def test_the_table_is_read_as_published(tmp_path):
+    """Entries behind two spaces and those with a capital never match a caption."""
+    path = tmp_path / "synonyms.txt"
+    path.write_text("\nmotorcycle, scooter,  motor bike, motorbike\ncell phone, phone, iPhone\n")
+    read = coco_vocabulary(path, words="simple").read
+    assert read("A motor bike, a motorbike, an iPhone and a phone")[0] == ["motorcycle", "cell phone"]
+
+
 def test_pairs_of_the_published_rules():
     assert len(MERGED) == 25 + 24 + 5  # pairs that stay, ages of twelve animals, five that become another word
     assert merge_pairs(["hot", "dog", "dog"]) == ["hot dog", "dog"]

@@ -22,6 +22,9 @@ def task():
 def test_options() -> None:
     assert options_of(ASKED) == {"A": "Tying hair", "B": "Sewing clothes", "C": "Binding boxes"}
     assert options_of("Which?\n(A) red\n(B) blue") == {"A": "red", "B": "blue"}
+    assert options_of("Where is it? A A forest B A road C 2") == {"A": "A forest", "B": "A road", "C": "2"}
+    assert options_of("Who? A.A man. B: Cat. C.A dog.D. None") == {"A": "A man", "B": "Cat", "C": "A dog", "D": "None"}
+    assert options_of("Is it red?") == {}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,17 @@ def test_options() -> None:
         ("multiple-choice", "B", "A. Tying hair", False),
         ("multiple-choice", "B", "A or B", False),
         ("multiple-choice", "B", "no answer", False),
+        ("multiple-choice", "B", "A woman is sewing clothes", True),
+        ("multiple-choice", "A or I don't know or No answer", "A", True),
+        ("multiple-choice", "A or I don't know or No answer", "I cannot tell", True),
+        ("multiple-choice", "A or I don't know or No answer", "C", False),
+        ("multiple-choice", "Both A and B is wrong. No answer", "A", False),
+        ("multiple-choice", "Both A and B is wrong. No answer", "Neither of them", True),
+        ("binary", "no/i don't know", "I don't know.", True),
+        ("binary", "no/i don't know", "No.", True),
+        ("binary", "no/i don't know", "Yes.", False),
+        ("binary", "no answer", "No.", False),
+        ("binary", "No", "no answer", False),
         ("binary", "Yes", "Yes, they are.", True),
         ("binary", "No", "I think no", True),
         ("binary", "No", "Nothing", False),

@@ -15,6 +15,7 @@ def test_by_hand() -> None:
     found = opope.score([{"named": ["dog", "cup", "chair"], "asked": asked}], ["a"])
     assert (found["accuracy"], found["precision"], found["recall"]) == (0.5, 0.5, 0.5)
     assert found["f_beta"] == pytest.approx(0.5)
+    assert (found["f1"], found["yes_ratio"]) == (0.5, 0.5)
     some = opope.score([{"named": ["dog"], "asked": asked}], ["a"])
     assert (some["precision"], some["recall"]) == (1, 0.5)
     assert some["f_beta"] == pytest.approx(1.04 * 0.5 / (0.04 + 0.5))
@@ -26,6 +27,13 @@ def test_by_hand() -> None:
         opope.score([{"named": [], "asked": [["dog", "perhaps"]]}], ["a"])
     with pytest.raises(InputError, match="nothing to score"):
         opope.score([], [])
+
+
+def test_released_scorers_look_for_letters() -> None:
+    """A word of the name is enough, wherever it stands; a capital is another letter."""
+    kinds = ["car", "traffic light", "dog", "dining table"]
+    caption = "Dogs lie on a carpet under a light."
+    assert opope.named_as_released(caption, kinds) == ["car", "traffic light"]
 
 
 def test_true_captions_are_perfect() -> None:

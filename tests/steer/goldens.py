@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3] / "shared" / "golden"
+ROOT = Path(os.environ.get("SIGHTLINE_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 
 
 def cases(slug: str, prefix: str = "case") -> pytest.MarkDecorator:

@@ -19,6 +19,7 @@ from sightline.train.deem import (
     pool_region,
     region_loss,
     region_of,
+    resized_positions,
     sincos_positions,
     target_of,
 )
@@ -166,6 +167,14 @@ def test_visual_tokens_see_only_the_region():
     assert module(tokens).shape == (2, 5, 24)
 
 
+def test_positions_at_the_size_of_a_map():
+    positions = torch.randn(9, 5)
+    same = resized_positions(positions, (3, 3))
+    assert torch.equal(same[:, 1, 2], positions[5])
+    assert resized_positions(positions, (6, 6)).shape == (5, 6, 6)
+    assert torch.allclose(resized_positions(torch.ones(9, 5), (6, 6)), torch.ones(5, 6, 6), atol=1e-6)
+
+
 def test_region_tokens_stand_first():
     seen = []
 
@@ -179,8 +188,9 @@ def test_region_tokens_stand_first():
     maps = [torch.randn(2, WIDTH, 8, 8), torch.randn(2, WIDTH, 4, 4)]
     module(tokens, mask, maps)
     assert seen[0].shape == (2, 3 + 1 + GRID**2, WIDTH)
-    assert torch.equal(seen[0][:, :3], module.regions(maps, mask))
-    pooled = module.regions.pooled(maps[0].mean((2, 3)))
+    placed = [x + resized_positions(module.positions[1:], x.shape[-2:]) for x in maps]
+    assert torch.equal(seen[0][:, :3], module.regions(placed, mask))
+    pooled = module.regions.pooled(placed[0].mean((2, 3)))
     assert torch.allclose(seen[0][:, 0], pooled, atol=1e-6)
     with pytest.raises(InputError, match="mask and the encoder's feature maps"):
         module(tokens)

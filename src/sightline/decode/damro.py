@@ -6,12 +6,13 @@ The class token of the vision tower attends to a few outlier patches of the back
 same ones, most when it hallucinates. A second stream sees only these patches; what they alone suggest is subtracted:
 
     A     = softmax(q k^T / sqrt(C))     the tower layer whose output is used (LLaVA: the last but one), over the whole width C (heads are not split), (R, 1+P, 1+P)
-    idx   = the k patches p with the largest A[cls, p], largest first; of every view of a picture
+    idx   = the k patches p with the largest A[cls, p], largest first; of the view that shows the whole picture
     L     = next-token scores of the prompt                                                             (B, V)
     L_neg = of the same prompt whose only visual tokens are idx, in that order
     L*    = (1 + alpha) L - alpha L_neg  where L >= log(beta) + max L, else -inf
 
-With several views the views follow each other, and of the separators (newlines) only the last remains.
+Of the separators (newlines) only the last remains. LLaVA-NeXT's tiles are ranked, too, but the released packing keeps the first
+view alone, which is the whole picture; `views="all"` takes k patches of every view, one view after the other.
 
 Against the official code: (1) `heads="mean"` offers the mean of the real heads' attention instead of the released single-head
 softmax (the default, "merged"). It is computed from the heads' own weights: q k^T / sqrt(C) = sum_h log A_h / sqrt(H) up to
@@ -76,7 +77,7 @@ def outlier_columns(real: Tensor, scores: Tensor, pictures: Tensor, views: Tenso
 
     Args:
         real: (N,) bool, no padding.
-        scores: (N,) of visual tokens; NaN for text and separators.
+        scores: (N,) of visual tokens; NaN for text and separators, -inf for tokens that are out of the question.
         pictures, views: (N,) number of the picture and of its view; -1 for text.
     """
     columns, parts, at = torch.arange(len(real), device=real.device), [], 0
@@ -123,10 +124,13 @@ class DAMRO(System):
     """Contrast with the outlier patches. No training; a second stream."""
 
     alpha: float = param(0.5, "strength of the contrast (released: 2 for MME, 0.5 for POPE)", low=0)
-    topk: int = param(10, "outlier patches per view that the second stream sees", low=1)
+    topk: int = param(10, "outlier patches of a view that the second stream sees", low=1)
     beta: float = param(0.1, "tokens less likely than this share of the likeliest are cut; 0 cuts none", low=0, high=1)
     heads: Literal["merged", "mean"] = param(
         "merged", "merged: one softmax over the whole width (released); mean: of heads"
+    )
+    views: Literal["base", "all"] = param(
+        "base", "base: patches of the view of the whole picture (released); all: of every view"
     )
     vision_layer: int | None = param(
         None, "tower layer (0-based) whose class token is read; none: the one whose output is used"
@@ -168,6 +172,9 @@ class DAMRO(System):
             return None
         places, cls = site.pictures.places, site.seen["cls"]
         scores = places.pool(cls[:, site.setup["prefix"] :]).masked_fill(~places.real, torch.nan)  # (V,)
+        if self.views == "base":
+            base = torch.tensor(places.base, device=scores.device)
+            scores = scores.masked_fill(places.real & ~torch.isin(places.view, base), -torch.inf)
         order = columns_of(len(scores), visual)
         rows = torch.full(visual.shape, torch.nan, device=scores.device).masked_scatter(visual, scores[order])
         none = torch.full(visual.shape, -1, device=scores.device)

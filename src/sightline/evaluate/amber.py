@@ -7,6 +7,9 @@ object or associated with one, or (with `similar`) closer than 0.8 to one of the
     Cog   = named objects that people tend to imagine / such objects
 
 Questions: the answer must be exactly "Yes" or "No", and the positive class is NO. AMBER = (100 - CHAIR + F1) / 2.
+
+The authors' script begins every denominator at 0.001 instead of guarding it, rounds to 0.1, and takes F1 from the rounded
+precision and recall; here nothing is rounded.
 """
 
 from __future__ import annotations

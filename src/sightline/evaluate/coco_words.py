@@ -115,6 +115,9 @@ class Vocabulary:
 def read_synonyms(path: str | Path) -> dict[str, str]:
     """Word -> object from a table of rows "person, girl, boy, ..." (synonyms.txt of the published CHAIR).
 
+    Rows are split at comma and space, and words stay as they are written, as in the published scorer: what the file writes
+    with a further space or a capital (" motor bike", " cheesecake", "iPhone") is never met in a caption, and so not counted.
+
     Raises:
         InputError: the file cannot be read, or is no such table.
     """
@@ -124,7 +127,7 @@ def read_synonyms(path: str | Path) -> dict[str, str]:
         raise InputError(f"cannot read the synonyms {str(path)!r}: {error}; give CHAIR's synonyms.txt") from error
     table: dict[str, str] = {}
     for row in rows:
-        words = [word.strip().lower() for word in row.split(",") if word.strip()]
+        words = [word for word in row.strip().split(", ") if word]
         table |= {word: words[0] for word in words}
     if len(table) < 2 or any(len(word) > 40 for word in table):
         raise InputError(f"{str(path)!r} is no table of synonyms: rows like 'person, girl, boy' are expected")

@@ -37,30 +37,55 @@ PROMPTS = {  # the wording is part of the protocol
 }
 Judge = Callable[[str, str, str, str], bool]  # (form, question, wanted answer, given answer) -> whether it is right
 LETTER = re.compile(r"\(?\b([A-F])\b\)?(?=[\s.):,]|$)")
-OPTION = re.compile(r"(?:^|\s)\(?([A-F])[.):]\s+(.+?)(?=\s+\(?[A-F][.):]\s|\s*$)", flags=re.DOTALL)
+FIRST = re.compile(r"\(?([A-F])(?:[.):,]|\)?\s*$)")  # an answer that begins with a letter, not with the word "A"
+MARKS = (r"(?<![A-Za-z]){}\s*[.):]\s*", r"(?<=\s){}\s+")  # "A. Red", or as some published questions have it, "A Red"
+UNKNOWN = re.compile(
+    r"\b(no answer|(?:don't|do not|cannot) (?:know|tell)|not visible|none of|neither)\b", re.IGNORECASE
+)
 
 
 def options_of(question: str) -> dict[str, str]:
-    """Letter -> text of the options in a multiple-choice question: "Which? A. Red. B. Blue."."""
-    return {m[1]: m[2].strip().rstrip(".") for m in OPTION.finditer(question)}
+    """Letter -> text of the options behind a multiple-choice question: "Which? A. Red. B. Blue."."""
+    for mark in MARKS:
+        found, at = [], question.find("?") + 1
+        for letter in "ABCDEF":
+            place = re.compile(mark.format(letter)).search(question, at)
+            if place is None:
+                break
+            found.append(place)
+            at = place.end()
+        if len(found) > 1:
+            ends = [place.start() for place in found[1:]] + [len(question)]
+            texts = [
+                question[place.end() : end].strip(" \n(").rstrip(".") for place, end in zip(found, ends, strict=True)
+            ]
+            return dict(zip("ABCDEF", texts, strict=False))
+    return {}
 
 
 def by_rule(form: str, question: str, wanted: str, given: str) -> bool:
-    """The default judge. `wanted` of a choice is its letter, alone or with the option's text."""
-    if form == "binary":
-        said = re.search(r"\b(yes|no)\b", given.lower())
-        return said is not None and said[1] == wanted.strip().lower().rstrip(".")
+    """The default judge. `wanted` of a choice is its letter, alone or with the option's text; several may be joined by "or"
+    or "/", and "no answer" or "I don't know" may be among them."""
+    wanted_parts = [part.strip(" .").lower() for part in re.split(r"/|\bor\b", wanted)]
+    nothing = UNKNOWN.search(wanted) is not None
     if form == "short":
-        return f" {normalise(wanted)} " in f" {normalise(given)} "
-    options, right = options_of(question), wanted.strip()[:1].upper()
-    letter = LETTER.match(given.strip())
+        return f" {normalise(wanted)} " in f" {normalise(given)} " or (nothing and UNKNOWN.search(given) is not None)
+    if form == "binary":
+        if UNKNOWN.search(given):
+            return nothing
+        said = re.search(r"\b(yes|no)\b", given.lower())
+        return said is not None and said[1] in wanted_parts
+    right = {part.upper() for part in wanted_parts if len(part) == 1} if nothing else {wanted.strip()[:1].upper()}
+    options, letter = options_of(question), FIRST.match(given.strip())
     if letter is not None and letter[1] in options:
-        return letter[1] == right
+        return letter[1] in right
     named = [key for key, text in options.items() if f" {normalise(text)} " in f" {normalise(given)} "]
     if len(named) == 1:
-        return named[0] == right
-    letters = [m for m in LETTER.findall(given) if m in options]
-    return len(set(letters)) == 1 and letters[0] == right
+        return named[0] in right
+    if UNKNOWN.search(given):
+        return nothing
+    letters = {found for found in LETTER.findall(given) if found in options}
+    return len(letters) == 1 and letters <= right
 
 
 def bias_of(correct: Sequence[bool]) -> float:

@@ -2,9 +2,12 @@
 
 A kind is predicted present when the caption names it, by CHAIR's synonyms. Positive = present. Over all questions:
 
-    accuracy, precision P, recall R, and F_beta = (1 + beta^2) P R / (beta^2 P + R) with beta = 0.2
+    accuracy, precision P, recall R, F1, and F_beta = (1 + beta^2) P R / (beta^2 P + R) with beta = 0.2
 
-F weighs precision 25 times, for no caption names everything; so recall is told but does not count for much.
+F_beta weighs precision 25 times, for no caption names everything; so recall is told but does not count for much.
+
+The released scorers (BillChan226/HALC and VASparse, eval/opope_eval.py) know no synonyms: a kind is present when any word of
+its name stands anywhere in the caption's letters, capitals apart, a car in a carpet as well (`named_as_released`).
 """
 
 from __future__ import annotations
@@ -19,8 +22,13 @@ from sightline.evaluate.stats import Sums, Tally, ratio
 BETA = 0.2
 
 
+def named_as_released(caption: str, kinds: Sequence[str]) -> list[str]:
+    """Which of the kinds the released scorers find in a caption."""
+    return [kind for kind in kinds if any(word in caption for word in kind.split(" "))]
+
+
 def formulas(sums: Sums) -> dict[str, np.ndarray]:
-    """The four metrics from counts of decisions."""
+    """The metrics from counts of decisions."""
     precision, recall = ratio(sums["hit"], sums["named"]), ratio(sums["hit"], sums["present"])
     weighted = BETA**2 * precision + recall
     return {
@@ -28,6 +36,8 @@ def formulas(sums: Sums) -> dict[str, np.ndarray]:
         "accuracy": ratio(sums["right"], sums["n"]),
         "precision": precision,
         "recall": recall,
+        "f1": ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": ratio(sums["named"], sums["n"]),
     }
 
 

@@ -13,8 +13,8 @@ picture again. m (B, 1, H, W) is the region of interest, ones for the whole pict
     L    = mean(err m' |1| / (|m'| + 1e-8)),   m' = [bilinear(m -> h w) > 0];        total = L_text + 5 L
 
 p are sine-cosine positions, zero for the class token. t' keeps to the middle of the noise, [200, 799]. m' of ones: the plain
-diffusion loss; empty: 0. With region tokens (the paper's stage 3), the mean of every feature map under m and an embedding of
-m, 112 x 112, stand before y.
+diffusion loss; empty: 0. With region tokens (the paper's stage 3), the mean under m of every feature map, to which p was added
+at its size, and an embedding of m, 112 x 112, stand before y.
 
 Differences: a_t is read from the scheduler's `alphas_cumprod`, so that any scheduler does; the middle is half of its steps.
 The multi-scale condition of the UNet (MMFS, deformable cross-attention to feature maps, which the UNet's code must be changed
@@ -100,6 +100,15 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return F.pad(patches.flatten(0, 1), (0, 0, 1, 0))
 
 
+def resized_positions(positions: Tensor, size: Sequence[int]) -> Tensor:
+    """(g^2, D) of a square grid -> (D, h, w), bicubic where the size is another."""
+    side = round(len(positions) ** 0.5)
+    grid = positions.T.unflatten(-1, (side, side))
+    if (side, side) == tuple(size):
+        return grid
+    return F.interpolate(grid.float()[None], size=tuple(size), mode="bicubic", align_corners=False)[0].to(grid.dtype)
+
+
 class RegionTokens(nn.Module):
     """Stage 3: one token per feature map (its mean under the mask) and one for the shape of the mask.
 
@@ -152,7 +161,9 @@ class VisualTokens(nn.Module):
             x = torch.cat([x[:, :1], x[:, 1:] * patches], 1)
         x = self.post_norm(x)
         if self.regions is not None:
-            x = torch.cat([self.regions(maps, mask), x], 1)
+            patches = self.positions[1:]
+            placed = [y + resized_positions(patches, y.shape[-2:]).to(y.dtype) for y in maps]
+            x = torch.cat([self.regions(placed, mask), x], 1)
         return self.resampler(x)
 
 

@@ -48,6 +48,7 @@ def test_options() -> None:
         ("binary", "no/i don't know", "Yes.", False),
         ("binary", "no answer", "No.", False),
         ("binary", "No", "no answer", False),
+        ("binary", "No", "No, it is not visible.", True),
         ("binary", "Yes", "Yes, they are.", True),
         ("binary", "No", "I think no", True),
         ("binary", "No", "Nothing", False),

@@ -71,10 +71,8 @@ def by_rule(form: str, question: str, wanted: str, given: str) -> bool:
     if form == "short":
         return f" {normalise(wanted)} " in f" {normalise(given)} " or (nothing and UNKNOWN.search(given) is not None)
     if form == "binary":
-        if UNKNOWN.search(given):
-            return nothing
-        said = re.search(r"\b(yes|no)\b", given.lower())
-        return said is not None and said[1] in wanted_parts
+        said = re.search(r"\b(yes|no)\b(?! answer)", given.lower())
+        return said[1] in wanted_parts if said else nothing and UNKNOWN.search(given) is not None
     right = {part.upper() for part in wanted_parts if len(part) == 1} if nothing else {wanted.strip()[:1].upper()}
     options, letter = options_of(question), FIRST.match(given.strip())
     if letter is not None and letter[1] in options:

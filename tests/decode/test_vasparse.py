@@ -100,6 +100,25 @@ def test_it_names_what_it_cannot_run_with(tiny) -> None:
         sl.attach(tiny("llava").model, VASparse(sparse_layer=40))
 
 
+def test_contrast_with_the_head_by_hand(tiny) -> None:
+    """Equation 6 without a second stream: no decoder for what is subtracted. Strength 0 is the host."""
+    host = tiny("llava")
+    plain = generate(host.model, inputs(host), 1)[1][:, 0]
+    with sl.attach(host.model, VASparse(**{**OFF, "alpha": 0.4, "beta": 0.3, "contrast_with": "head"})):
+        found = generate(host.model, inputs(host), 1)[1][:, 0]
+    with torch.no_grad():
+        embedded = host.model.lm_head(host.model.get_input_embeddings()(inputs(host)["input_ids"][:, -1]))
+    kept = plain.softmax(-1) >= 0.3 * plain.softmax(-1).amax(-1, keepdim=True)
+    assert torch.equal(found.isfinite(), kept)
+    assert_close("first token", found[kept], (1.4 * plain - 0.4 * embedded)[kept], 1e-5)
+    with sl.attach(host.model, VASparse(contrast_with="head"), LQCD()):  # no second stream, so company is welcome
+        generate(host.model, inputs(host), 2)
+    assert VASparse(**{**OFF, "contrast_with": "head"}).idle()
+    assert not VASparse(**{**OFF, "alpha": 0.1, "contrast_with": "head"}).idle()
+    with sl.attach(host.model, VASparse(**{**OFF, "penalty": 1e-9, "contrast_with": "head"})):
+        assert torch.equal(generate(host.model, inputs(host), 1)[1][:, 0], plain)
+
+
 @pytest.mark.parametrize("dola", [True, False])
 def test_as_released_by_hand(dola, tiny) -> None:
     """The last layer's scores against the head on the last token's embedding, step by step, in a padded batch."""

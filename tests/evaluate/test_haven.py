@@ -9,7 +9,7 @@ import pytest
 from sightline import scenes
 from sightline.errors import InputError, UnknownNameError
 from sightline.evaluate import haven, world
-from sightline.evaluate.haven import bias_of, by_rule, options_of
+from sightline.evaluate.haven import by_rule, is_inconsistent, options_of
 
 ASKED = "What do they do with the strings? A. Tying hair. B. Sewing clothes. C. Binding boxes."
 
@@ -66,14 +66,19 @@ def row(correct: bool, group: str = "g", **more):
     return base | {"cause": "prior", "aspect": "object", "form": "binary", "group": group} | more
 
 
-def test_bias_is_pairwise_disagreement() -> None:
-    assert bias_of([True, True, True]) == bias_of([False, False]) == 0
-    assert bias_of([True, False]) == 1
-    assert bias_of([True, True, False, False]) == 4 / 6
+def test_bias_is_the_share_of_inconsistent_groups() -> None:
+    assert not is_inconsistent([True, True, True])
+    assert not is_inconsistent([False, False])
+    assert is_inconsistent([True, False])
+    assert is_inconsistent([True, True, False])
     rows = [row(True), row(False), row(True, "h"), row(True, "h"), row(False, "alone")]
     found = haven.score(rows)
-    assert found["bias"] == 0.5  # groups g: 1, h: 0; a group of one does not count
+    assert found["bias"] == found["bias_binary"] == 0.5  # groups g: 1, h: 0; a group of one does not count
     assert found["accuracy"] == found["accuracy_prior"] == 3 / 5
+    more = [row(k == 0, "three", form="short", truth="yes") for k in range(3)]
+    found = haven.score(rows + more)
+    assert (found["bias_binary"], found["bias_short"]) == (0.5, 1)
+    assert found["bias"] == pytest.approx(2 / 3)
     assert haven.score(rows, judge=lambda *_: True)["accuracy"] == 1
     with pytest.raises(UnknownNameError, match="capability"):
         haven.score([row(True, cause="capabilty")])

@@ -1,7 +1,8 @@
 """LQCD: Towards Analyzing and Mitigating Sycophancy in Large Vision-Language Models (leading query contrastive decoding).
 
 arXiv 2408.11261 (v2: "Sycophancy in Vision-Language Models: A Systematic Analysis and an Inference-Time Mitigation
-Framework"). No official code was found; the formulas follow the paper's abstracts and the customary contrastive form.
+Framework"). No official code was found. The contrast is the paper's, as arXiv 2411.15287 quotes it; the cut and the scaler are
+named in v2's abstract, and take the customary form here.
 
 A leading question ("There is a dog in the image, right?") drags the answer along. The same picture is read with a neutral
 query x_N and with a leading one x_L, and what the lead adds is subtracted:

@@ -18,15 +18,18 @@ embedding of the last token read, and s = log_softmax:
     K     = {v : s(L)_v >= max s(L) + log beta}
     L*    = log_softmax(s(L) - s(L_0) - alpha L_0) on K, -inf elsewhere        `dola=False`: log_softmax(L - alpha L_0), all v
 
-Against the official code and paper: (1) the released run drops no token: its sparse pass returns before the first layer, and
-its score function (`relation`, `score`, `keep_mask`), which is the one here to the number, is not reached. (2) The paper's
-formulas for the contrast and the penalty are given from memory of the paper; the penalty's growth is this library's. (3) The
-paper leaves the sparse pass early at a chosen layer; here it runs to the last, as a second stream. (4) The optional gate by
-an object detector and the prior P that needs it are left out; so is the merging of generated tokens, which a global counter
+Against the official code: the released run drops no token; its sparse pass returns before the first layer, and its score
+function (`relation`, `score`, `keep_mask`), which is the one here to the number, is not reached. Against the paper: (1) it ranks
+all tokens before the newest at every step, head by head, P of one being the softmax of its attention to the picture (equation
+5), keeps 90 %, and merges the others into clusters; here the picture's tokens are ranked, once. (2) It takes L_sparse from the
+output head on embeddings alone, without the decoder: `contrast="head"`, with the last token's embedding, as the code; the default
+reads the thinned picture to the last layer. (3) Its penalty scales scores by 1 + b (1 - w_j), w the softmax over all tokens j of the
+attention they received so far (equation 7), b = 0.1; the one here acts on what is above the text's mean. (4) The optional gate by
+an object detector and the prior that needs it are left out; so is the merging of generated tokens, which a global counter
 confines to layer 0 in the release. (5) The draw is the same for every row and every run (`seed`).
 
 Cost: the probe of the text's rows at prefill, a second prefill, and two forwards per token, one of them with fewer tokens;
-as released one more product with the output head per token.
+with `contrast="head"` or as released one more product with the output head per token instead.
 """
 
 from __future__ import annotations
@@ -126,6 +129,10 @@ class VASparse(System):
     queries: Literal["text", "all"] = param(
         "text", "whose attention counts: text behind the picture (paper), all (code)"
     )
+    contrast_with: Literal["stream", "head"] = param(
+        "stream",
+        "paper: what is subtracted, a second stream's scores or the output head's on the last token's embedding",
+    )
     seed: int = param(0, "of the random choice", low=0)
     dola: bool = param(True, "release: subtract the embedding's log-probabilities and cut the implausible")
 
@@ -133,13 +140,19 @@ class VASparse(System):
         check_parameters(self)
 
     def stations(self) -> tuple[str, ...]:
-        own = ("hidden", "logits") if self.mode == "release" else ("attention", "cache", "cut", "second")
+        head, stream = ("hidden", "logits"), ("cut", "second")
+        own = head if self.mode == "release" else ("attention", "cache", *(head if self._by_head else stream))
         return tuple(station for station in super().stations() if station in own)
+
+    @property
+    def _by_head(self) -> bool:
+        return self.contrast_with == "head"
 
     def idle(self) -> bool:
         if self.mode == "release":
             return self.alpha == 0 and not self.dola
-        return self.mask_rate == 1 and self.penalty == 0 and self.beta == 0
+        contrasts = self.beta > 0 or (self._by_head and self.alpha > 0)
+        return self.mask_rate == 1 and self.penalty == 0 and not contrasts
 
     def conflicts(self, other: System) -> str | None:
         if "second" in other.stations() and "second" in self.stations() and type(other) is not type(self):
@@ -147,7 +160,7 @@ class VASparse(System):
         return super().conflicts(other)
 
     def prepare(self, shape: Shape) -> None:
-        if self.mode == "paper" and self.sparse_layer >= shape.layers:
+        if "second" in self.stations() and self.sparse_layer >= shape.layers:
             raise ParameterError(
                 f"vasparse: sparse_layer={self.sparse_layer} is out of range: choose one of 1..{shape.layers - 1}"
             )
@@ -220,7 +233,7 @@ class VASparse(System):
         new = weigh(logits, second, first_weight=1 + self.alpha, second_weight=-self.alpha, beta=self.beta)
         return torch.where(site.state["seeing"], new, logits)
 
-    # -- as released ----------------------------------------------------------------------------------------------------
+    # -- with the head, in the paper's way or as released ---------------------------------------------------------------
 
     def hidden(self, site: Site, hidden: Tensor) -> None:
         """Keep the embedding of the last token read."""
@@ -228,9 +241,15 @@ class VASparse(System):
             rows = torch.arange(len(hidden), device=hidden.device)
             site.state["embedding"] = hidden[rows, last_real(site.tokens) - site.start if site.prefill else -1]
 
-    def logits(self, site: Site, logits: Tensor) -> Tensor:
+    def logits(self, site: Site, logits: Tensor) -> Tensor | None:
+        if self.mode == "paper" and self.alpha == 0 == self.beta:
+            return None
         embedded = site.head(site.state["embedding"]).float()
-        new = released(logits.float(), embedded, alpha=self.alpha, beta=self.beta, dola=self.dola)
+        if self.mode == "paper":
+            weights = {"first_weight": 1 + self.alpha, "second_weight": -self.alpha}
+            new = weigh(logits.float(), embedded, **weights, beta=self.beta)
+        else:
+            new = released(logits.float(), embedded, alpha=self.alpha, beta=self.beta, dola=self.dola)
         return torch.where(site.tokens.visual.any(1)[:, None], new.to(logits.dtype), logits)
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Gao et al., 2025, arXiv 2503.19622; official code Hongcheng-Gao/HAVEN. Questions come in groups: variants of one question
 (options in another order, yes and no exchanged) share a group. Accuracy is the mean over questions, also of every cause,
-aspect and form. The bias score is the share of pairs of a group of which exactly one is answered correctly, averaged over
-the groups of two and more; 0 where a model is consistent, right or wrong. (The paper's repository does not define it; this is
-the definition used here, and stated with every result.)
+aspect and form. The bias score is the share of the groups of two and more whose variants are not all answered alike, that is
+all right or all wrong (the paper's section 3.5, "the frequency of inconsistent responses among the variants of a question"); 0
+where a model is consistent. It is told for all groups and per form.
 
 The published judge is a language model. Here a judge is any callable (`Judge`); the default reads answers by rule: a letter or
 an option's text, yes or no, and for short answers whether the wanted words are in it.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -86,10 +85,9 @@ def by_rule(form: str, question: str, wanted: str, given: str) -> bool:
     return len(letters) == 1 and letters <= right
 
 
-def bias_of(correct: Sequence[bool]) -> float:
-    """Share of the pairs of a group's variants of which exactly one is right."""
-    pairs = list(combinations(correct, 2))
-    return sum(a != b for a, b in pairs) / len(pairs)
+def is_inconsistent(correct: Sequence[bool]) -> bool:
+    """Whether some of a group's variants are answered correctly and others not."""
+    return len(set(correct)) > 1
 
 
 def formulas(sums: Sums, parts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -97,6 +95,8 @@ def formulas(sums: Sums, parts: Sequence[str]) -> dict[str, np.ndarray]:
     found = {"accuracy": ratio(sums["correct"], sums["n"]), "bias": ratio(sums["bias"], sums["groups"])}
     for part in parts:
         found[f"accuracy_{part}"] = ratio(sums[f"correct:{part}"], sums[f"n:{part}"])
+        if f"groups:{part}" in sums:
+            found[f"bias_{part}"] = ratio(sums[f"bias:{part}"], sums[f"groups:{part}"])
     return found
 
 
@@ -113,22 +113,23 @@ def score(rows: Sequence[Mapping[str, Any]], judge: Judge = by_rule) -> Scored:
                 raise UnknownNameError(f"unknown {key} {row[key]!r}: {nearest(str(row[key]), list(known))}")
     correct = [judge(row["form"], row["question"], row["truth"], row["answer"]) for row in rows]
     groups: dict[str, list[bool]] = {}
-    owner: dict[str, str] = {}
+    owner: dict[str, tuple[str, str]] = {}  # picture and form of a group's first question
     counts: list[tuple[str, dict[str, float]]] = []
     for row, right in zip(rows, correct, strict=True):
         groups.setdefault(row["group"], []).append(right)
-        owner.setdefault(row["group"], row["picture"])
+        owner.setdefault(row["group"], (row["picture"], row["form"]))
         numbers: dict[str, float] = {"n": 1, "correct": right, "bias": 0, "groups": 0}
         for key in ("cause", "aspect", "form"):
             numbers |= {f"n:{row[key]}": 1, f"correct:{row[key]}": right}
         counts.append((row["picture"], numbers))
     for group, answers in groups.items():
         if len(answers) > 1:
-            counts.append((owner[group], {"bias": bias_of(answers), "groups": 1}))
+            (picture, form), bias = owner[group], is_inconsistent(answers)
+            counts.append((picture, {"bias": bias, "groups": 1, f"bias:{form}": bias, f"groups:{form}": 1}))
     parts = tuple(dict.fromkeys(row[key] for key in ("cause", "aspect", "form") for row in rows))
     shares = [("accuracy", "correct", "n"), *((f"accuracy_{p}", f"correct:{p}", f"n:{p}") for p in parts)]
     tally = Tally.collect(counts, partial(formulas, parts=parts), shares)
-    rules = {"judge": "by rule" if judge is by_rule else "given", "bias": "mean over groups of pairwise disagreement"}
+    rules = {"judge": "by rule" if judge is by_rule else "given", "bias": "share of groups answered inconsistently"}
     return Scored(tally.metrics(), tuple(correct), tally, "accuracy", rules=rules)
 
 

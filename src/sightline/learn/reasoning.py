@@ -7,8 +7,8 @@ TDPO: preference between a thinking without and one with a false span, which dif
     loss      = -log sigmoid(beta [(log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l))])
 
 Changed tokens are those outside a longest common subsequence of y_w and y_l. gamma = 1: length-normalised DPO; `normalise`
-False: plain sums. The official repository holds the benchmark only; the loss follows the paper's description, with the
-customary weighting of dense preference optimisation. In the paper thinking is distilled from another model and its
+False: plain sums. The official repository holds the benchmark only; the loss is the paper's equation 2 (after RLHF-V's dense
+preference optimisation), which gives no gamma. In the paper thinking is distilled from another model and its
 errors are found by annotators; here the world itself knows what is true, and one stated fact is made false. The decoder and
 the projector are trained whole (the paper: LoRA), in plain torch.
 """

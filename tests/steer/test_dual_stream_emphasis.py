@@ -44,18 +44,24 @@ def test_golden_attention(path) -> None:
     heads = int(case.get("heads", case.get("num_heads", 2)))
     local, summary = (case[f"{name}_tokens"].long() + int(case["image_begin"]) for name in ("local", "summary"))
     prompt, whole = case["hidden"], torch.cat([case["hidden"], case["hidden_step"]], 1)
-    for name, states, queries in (("", prompt, prompt.shape[1]), ("_step", whole, 1)):
+    found = {}
+    for step, states, queries in ((False, prompt, prompt.shape[1]), (True, whole, 1)):
         q, k, v = ((states @ case[f"w{x}"].T).unflatten(-1, (heads, -1)).transpose(1, 2) for x in "qkv")
         length = states.shape[1]
         scores = q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5
         scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)[:, :, -queries:]
         boost = torch.zeros(1, length)
         boost[:, local], boost[:, summary] = float(case.get("alpha", 0.7)), float(case.get("beta", 0.3))
-        for kind, given in (("", boost), ("_base", torch.zeros_like(boost))):
+        for base, given in ((False, boost), (True, torch.zeros_like(boost))):
             weights = emphasise(scores, given).softmax(-1)
-            out = (weights @ v).transpose(1, 2).flatten(2) @ case["wo"].T
-            assert (weights - case[f"attn{name}{kind}"]).abs().max() <= 1e-6
-            assert (out - case[f"out{name}{kind}"]).abs().max() <= 1e-5
+            found["attn", step, base] = weights
+            found["out", step, base] = (weights @ v).transpose(1, 2).flatten(2) @ case["wo"].T
+    assert (found["attn", False, False] - found["attn", False, True])[:, :, :-1].abs().max() == 0
+    wanted = [key for key in case if "attn" in key or "out" in key.split("_")]
+    assert len(wanted) >= 4
+    for key in wanted:
+        mine = found["attn" if "attn" in key else "out", "step" in key, "base" in key]
+        assert (mine - case[key]).abs().max() <= 1e-5, key
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -13,24 +13,40 @@ from sightline.mix.agent import Agent, agent_attention, naive_agent_attention
 from sightline.mix.agent_sd import match, merged_attention
 from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, seeded
 
-FORMS = {  # dim, heads, agents, window and the rest
-    "swin": (12, 3, 9, 6, {}),
-    "swin_win10_agent16": (8, 2, 16, 10, {}),
-    "deit_cls": (12, 3, 4, 5, {"cls": True}),
-    "pvt_sr2": (12, 3, 9, 8, {"fused": False, "reduction": 2}),
-}
+
+def form_of(weights: dict[str, torch.Tensor]) -> Agent:
+    """The module that the weights belong to: their names and shapes tell every parameter."""
+    (heads, agents), dim = weights["an_bias"].shape[:2], len(weights["proj.weight"])
+    return Agent(
+        dim,
+        heads,
+        agents,
+        (weights["ha_bias"].shape[2], weights["wa_bias"].shape[3]),
+        qkv_bias="qkv.bias" in weights or "q.bias" in weights,
+        fused="qkv.weight" in weights,
+        reduction=weights["sr.weight"].shape[-1] if "sr.weight" in weights else 1,
+        cls="ac_bias" in weights,
+    )
 
 
-@cases("agent", "[sdp][wev][it]*")  # not case_sd_*
+@cases("agent", "[!s]*")
 def test_golden(path) -> None:
+    check_golden(path)
+
+
+@cases("agent", "swin*")  # not sd_*
+def test_golden_swin(path) -> None:
+    check_golden(path)
+
+
+def check_golden(path) -> None:
     case, weights = load(path)
-    dim, heads, agents, window, rest = FORMS[path.stem[5:]]
-    module = Agent(dim, heads, agents, window, qkv_bias="qkv.bias" in weights or "q.bias" in weights, **rest)
+    module = form_of(weights)
     module.load_state_dict(weights)
     x, cls = case["x"], None
-    if rest.get("cls"):
+    if module.cls:
         cls, x = x[:, :1], x[:, 1:]
-    out = module.eval()(x.unflatten(1, (window, window)), cls)
+    out = module.eval()(x.unflatten(1, module.window), cls)
     out = out.flatten(1, 2) if cls is None else torch.cat([out[1], out[0].flatten(1, 2)], 1)
     assert error(out, case["out"]) <= 1e-5
 
@@ -39,15 +55,20 @@ def test_golden(path) -> None:
 def test_golden_without_training(path) -> None:
     case, weights = load(path)
     x = case["x"]
-    grid = (7, 9) if "odd" in path.stem else (8, 8)
-    merged, agents = case["merged"], case.get("agents")
-    matching = match(x, grid, x.shape[1] - merged.shape[1], x.shape[1] - agents.shape[1])
-    assert error(matching.merge(x).sum(1), merged.sum(1)) <= 1e-4
-    assert error(matching.agents(x).sum(1), agents.sum(1)) <= 1e-4
+    grid = (case["h"], case["w"]) if "h" in case else (7, 9) if "odd" in path.stem else (8, 8)
+    merged, agents, none = case["merged"], case.get("agents"), case.get("agent_r", 0)
+    matching = match(x, grid, x.shape[1] - merged.shape[1], none if agents is None else x.shape[1] - agents.shape[1])
     tokens, few = matching.merge(x), matching.agents(x)
-    q, k, v = (F.linear(tokens, weights[f"to_{n}.weight"]).unflatten(-1, (2, -1)) for n in "qkv")
-    a = F.linear(few, weights["to_q.weight"]).unflatten(-1, (2, -1))
-    out = merged_attention(q, k, v, a).flatten(-2)
+    assert error(tokens.sum(1), merged.sum(1)) <= 1e-4
+    assert (few is None) == (agents is None)
+    heads = case.get("num_heads", case.get("heads", 2))
+    q, k, v = (F.linear(tokens, weights[f"to_{n}.weight"]).unflatten(-1, (heads, -1)) for n in "qkv")
+    a = None
+    if agents is not None:
+        assert error(few.sum(1), agents.sum(1)) <= 1e-4
+        a = F.linear(few, weights["to_q.weight"]).unflatten(-1, (heads, -1))
+    scales = {name: case[name] for name in ("k_scale2", "k_shortcut") if name in case}
+    out = merged_attention(q, k, v, a, **scales).flatten(-2)
     out = F.linear(out, weights["to_out.0.weight"], weights.get("to_out.0.bias"))
     assert error(matching.unmerge(out), case["unmerged"]) <= 1e-5
 

@@ -26,10 +26,8 @@ from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, 
 @cases("biformer", "bra_legacy*")
 def test_golden(path) -> None:
     case, weights = load(path)
-    settings_ = (
-        {"heads": 2, "regions": 3, "topk": 9} if "alltopk" in path.stem else {"heads": 3, "regions": 3, "topk": 2}
-    )
-    module = BRA(case["x"].shape[-1], **settings_)
+    plain = (2, 9) if "alltopk" in path.stem else (3, 2)
+    module = BRA(case["x"].shape[-1], **options(case, weights, *plain))
     module.load_state_dict(weights)
     assert error(module.eval()(case["x"]), case["out"]) <= 1e-5
     if "route_idx" in case:
@@ -38,19 +36,25 @@ def test_golden(path) -> None:
         assert error(weight, case["route_weight"]) <= 1e-5
 
 
-@cases("biformer", "bra_nchw")
+def options(case: dict, weights: dict, heads: int, topk: int) -> dict[str, int]:
+    """Parameters from the file; where it does not say them, the given ones and 3 regions per side."""
+    kernel = weights["lepe.weight"].shape[-1] if "lepe.weight" in weights else 0
+    said = {"heads": case.get("num_heads", heads), "topk": case.get("topk", topk), "regions": case.get("n_win", 3)}
+    return said | {"kernel": kernel}
+
+
+@cases("biformer", "bra_nchw*")
 def test_golden_conv(path) -> None:
     case, weights = load(path)
-    kernel = weights["lepe.weight"].shape[-1]
-    module = BRAConv(8, 2, regions=3, topk=3, kernel=kernel)
+    module = BRAConv(case["x"].shape[1], **options(case, weights, 2, 3))
     module.load_state_dict(weights)
     assert error(module.eval()(case["x"].movedim(1, -1)).movedim(-1, 1), case["out"]) <= 1e-5
 
 
-@cases("biformer", "attention_lepe")
+@cases("biformer", "attention_lepe*")
 def test_golden_last_stage(path) -> None:
     case, weights = load(path)
-    module = AttentionLePE(16, case["num_heads"])
+    module = AttentionLePE(case["x"].shape[-1], case["num_heads"], kernel=weights["lepe.weight"].shape[-1])
     module.load_state_dict(weights)
     assert error(module(case["x"]), case["out"]) <= 1e-5
 

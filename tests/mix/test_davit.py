@@ -23,40 +23,58 @@ from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, 
 @cases("davit", "channel_attn*")
 def test_golden(path) -> None:
     case, weights = load(path)
-    module = ChannelAttention(16, case["num_heads"], second="v2" in path.stem)
+    bias = "qkv.bias" in weights
+    module = ChannelAttention(case["x"].shape[-1], case["num_heads"], second="v2" in path.stem, qkv_bias=bias)
     module.load_state_dict(weights)
     assert error(module.eval()(case["x"]), case["out"]) <= 1e-5
 
 
-@cases("davit", "[sc][ph]a[tn]*_block*")
+@cases("davit", "*_block*")
 def test_golden_blocks(path) -> None:
-    """The operators inside timm's blocks, which hold the rest."""
     davit = pytest.importorskip("timm.models.davit")
     case, weights = load(path)
     spatial = "spatial" in path.stem
-    bias = "attn.qkv.bias" in weights
-    kind, options = (davit.SpatialBlock, {"window_size": 4}) if spatial else (davit.ChannelBlock, {})
-    block = kind(12, 3, qkv_bias=bias, **options)
+    bias, window = "attn.qkv.bias" in weights, {"window_size": case.get("window_size", 4)} if spatial else {}
+    kind = davit.SpatialBlock if spatial else davit.ChannelBlock
+    block = kind(case["x"].shape[1], case.get("num_heads", 3), qkv_bias=bias, **window)
     block.load_state_dict(weights)
-    own = {k.removeprefix("attn."): v for k, v in weights.items() if k.startswith("attn.")}
-    ours = WindowAttention(12, 3, window=4, qkv_bias=bias) if spatial else ChannelAttention(12, 3, qkv_bias=bias)
-    ours.load_state_dict(own)
-    x = block.eval().cpe1(case["x"]).flatten(2).mT  # (B, N, C)
-    mixed = ours(block.norm1(x).unflatten(1, case["x"].shape[2:])).flatten(1, 2)
-    x = block.cpe2((x + mixed).mT.view_as(case["x"])).flatten(2).mT
-    assert error((x + block.mlp(block.norm2(x))).mT.view_as(case["out"]), case["out"]) <= 1e-5
+    assert error(with_ours(block.eval(), case["x"]), case["out"]) <= 1e-5
+
+
+@cases("davit", "tiny_net*")
+@torch.no_grad()
+def test_golden_network(path) -> None:
+    davit = pytest.importorskip("timm.models.davit")
+    case, weights = load(path)
+    sizes = {"depths": (1, 1, 2, 1), "embed_dims": (8, 16, 16, 24), "num_heads": (2, 2, 4, 4), "window_size": 4}
+    net = davit.DaVit(num_classes=case["out"].shape[-1], **sizes).eval()
+    net.load_state_dict(weights)
+    blocks = [m for m in net.modules() if isinstance(m, (davit.SpatialBlock, davit.ChannelBlock))]
+    for block in blocks:  # every block's output with our operator in it
+        block.register_forward_hook(lambda block, given, _: with_ours(block, *given))
+    assert len(blocks) == 10
+    assert error(net(case["x"]), case["out"]) <= 1e-4
+
+
+def with_ours(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """timm's block on (B, C, H, W), with our operator for its own."""
+    dim, bias = x.shape[1], block.attn.qkv.bias is not None
+    if hasattr(block, "window_size"):
+        ours = WindowAttention(dim, block.attn.num_heads, window=block.window_size[0], qkv_bias=bias)
+    else:
+        ours = ChannelAttention(dim, block.attn.num_heads, qkv_bias=bias)
+    ours.load_state_dict(block.attn.state_dict())
+    tokens = block.cpe1(x).flatten(2).mT  # (B, N, C)
+    tokens = tokens + ours(block.norm1(tokens).unflatten(1, x.shape[2:])).flatten(1, 2)
+    tokens = block.cpe2(tokens.mT.view_as(x)).flatten(2).mT
+    return (tokens + block.mlp(block.norm2(tokens))).mT.view_as(x)
 
 
 def test_timm_is_the_same() -> None:
     davit = pytest.importorskip("timm.models.davit")
     block = davit.SpatialBlock(12, 3, window_size=4).eval()
-    ours = WindowAttention(12, 3, window=4)
-    ours.load_state_dict(block.attn.state_dict())
     x = randn(2, 12, 6, 9)
-    tokens = block.cpe1(x).flatten(2).mT
-    tokens = tokens + ours(block.norm1(tokens).unflatten(1, (6, 9))).flatten(1, 2)
-    tokens = block.cpe2(tokens.mT.view_as(x)).flatten(2).mT
-    assert error((tokens + block.mlp(block.norm2(tokens))).mT.view_as(x), block(x)) <= 1e-5
+    assert error(with_ours(block, x), block(x)) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,16 +15,18 @@ from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, 
 @cases("flowformer", "[sc][era][lou]*")  # self, cross, causal
 def test_golden(path) -> None:
     case, weights = load(path)
-    module = FlowProjections(12, 16, 10, 4, causal="causal" in path.stem)
+    d_model, d_input = weights["query_projection.weight"].shape
+    sizes = d_input, d_model, len(weights["out_projection.weight"]), case.get("n_heads", 4)
+    module = FlowProjections(*sizes, causal="causal" in path.stem)
     module.load_state_dict(weights)
     inputs = (case["q_in"], case["kv_in"]) if "q_in" in case else (case["x"],)
     assert error(module.eval()(*inputs), case["out"]) <= 1e-5
 
 
-@cases("flowformer", "cv_attention")
+@cases("flowformer", "cv_attention*")
 def test_golden_vision(path) -> None:
     case, weights = load(path)
-    module = Flow(24, 12)
+    module = Flow(case["x"].shape[-1], case.get("num_heads", 12))
     module.load_state_dict(weights)
     assert error(module(case["x"]), case["out"]) <= 1e-5
 

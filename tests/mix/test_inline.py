@@ -17,7 +17,9 @@ def test_golden(path) -> None:
     case, weights = load(path)
     form, kind = path.stem.split("_")[1:3]
     phi = "leaky_relu" if kind == "leakyrelu" else kind if form == "swin" else "identity"
-    module = InLine(12, 3, phi=phi, fused=form != "pvt")
+    dim, per_head = weights["residual.0.weight"].shape[:2]
+    bias = "qkv.bias" in weights or "q.bias" in weights
+    module = InLine(dim, dim // per_head, phi=phi, fused="qkv.weight" in weights, qkv_bias=bias)
     module.load_state_dict(weights)
     x, cls = case["x"], None
     if form == "deit":

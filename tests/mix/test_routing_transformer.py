@@ -14,6 +14,7 @@ from sightline.mix.routing_transformer import (
     Routing,
     clustered_attention,
     commitment,
+    k_means,
     members,
     naive_clustered_attention,
     new_means,
@@ -92,6 +93,15 @@ def test_padding_and_rows() -> None:
     assert error(module.proj(mixed), module(x)[:, 1, 1]) <= 1e-5
     with pytest.raises(ParameterError, match="clusters=0"):
         Routing(8, 2, clusters=0)
+
+
+def test_start_draws_different_tokens() -> None:
+    x = randn(2, 3, 2, 4)
+    first = k_means(x, 6, torch.Generator().manual_seed(0), steps=0)  # as many clusters as tokens
+    every = F.normalize(x, dim=-1).flatten(0, 1).transpose(0, 1)
+    assert error(first.sum(1), every.sum(1)) <= 1e-6
+    assert error(k_means(x, 6, torch.Generator().manual_seed(0)), first) <= 1e-6  # each its own cluster: they stay
+    assert k_means(x, 9).shape == (2, 9, 4)  # more than there are tokens: some twice
 
 
 def test_centroids_learn_in_training_only() -> None:

@@ -16,7 +16,10 @@ from tests.mix.numbers import assert_same_gradients, cases, error, load, randn, 
 @cases("volo", "outlook*")
 def test_golden(path) -> None:
     case, weights = load(path)
-    module = Outlook(case["x"].shape[-1], case["num_heads"], stride=case["stride"])
+    heads = case["num_heads"]
+    kernel = round((len(weights["attn.bias"]) / heads) ** 0.25)
+    bias = "v.bias" in weights
+    module = Outlook(case["x"].shape[-1], heads, kernel=kernel, stride=case["stride"], qkv_bias=bias)
     module.load_state_dict(weights)
     assert error(module.eval()(case["x"]), case["out"]) <= 1e-5
 

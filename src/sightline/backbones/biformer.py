@@ -42,7 +42,10 @@ class PositionedBlock(Block):
 
 
 class BiFormer(Backbone):
-    """See the module's head. topks: regions that a region attends to, by stage; 0: full attention. stl: Swin's layout."""
+    """See the module's head.
+
+    regions: per side. topks: how many of them a region attends to, by stage; 0: full attention. stl: Swin's layout.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class BiFormer(Backbone):
         topks: Sequence[int] = (1, 4, 16, 0),
         mlp_ratio: float = 3,
         stl: bool = False,
+        regions: int = 7,
         *,
         img_size: int = 224,
         in_chans: int = 3,
@@ -66,7 +70,7 @@ class BiFormer(Backbone):
         self.stages = nn.ModuleList()
         for dim, topk, rates in zip(widths, topks, drop_rates(drop_path_rate, depths), strict=True):
             blocks = nn.Sequential(
-                *(kind(dim, _attention(dim, topk), self._mlp(dim, mlp_ratio), NORM, r) for r in rates)
+                *(kind(dim, _attention(dim, topk, regions), self._mlp(dim, mlp_ratio), NORM, r) for r in rates)
             )
             self.stages.append(nn.ModuleDict({"blocks": blocks}) if stl else blocks)
         self.norm = nn.BatchNorm2d(widths[-1])
@@ -86,8 +90,8 @@ class BiFormer(Backbone):
         return self.norm(state.movedim(-1, 1)).movedim(1, -1)
 
 
-def _attention(dim: int, topk: int) -> nn.Module:
-    return BRA(dim, dim // 32, regions=7, topk=topk) if topk else AttentionLePE(dim, heads=8)
+def _attention(dim: int, topk: int, regions: int) -> nn.Module:
+    return BRA(dim, dim // 32, regions=regions, topk=topk) if topk else AttentionLePE(dim, heads=8)
 
 
 def _stem(in_chans: int, widths: Sequence[int]) -> Iterator[nn.Module]:

@@ -47,7 +47,7 @@ class DeformableMerging(nn.Module):
 
 
 class LITv2(Layered):
-    """See the module's head. windows: HiLo's window by stage; 0: no attention."""
+    """See the module's head. windows: HiLo's window by stage, 0: no attention; heads: by stage, None: of 32 channels each."""
 
     def __init__(
         self,
@@ -55,6 +55,8 @@ class LITv2(Layered):
         dim: int = 96,
         windows: Sequence[int] = (0, 0, 2, 1),
         alpha: float = 0.9,
+        heads: Sequence[int] | None = None,
+        mlp_ratio: float = 4,
         *,
         img_size: int = 224,
         in_chans: int = 3,
@@ -65,11 +67,14 @@ class LITv2(Layered):
     ) -> None:
         head = {"num_classes": num_classes, "drop_rate": drop_rate, "global_pool": global_pool}
         super().__init__(dim, len(depths), in_chans, **head)
-        for width, window, rates in zip(self.widths, windows, drop_rates(drop_path_rate, depths), strict=True):
+        heads = [width // 32 for width in self.widths] if heads is None else heads
+        for width, m, window, rates in zip(
+            self.widths, heads, windows, drop_rates(drop_path_rate, depths), strict=True
+        ):
             blocks = []
             for rate in rates:
-                attn = HiLo(width, width // 32, window=window, alpha=alpha) if window else None
-                blocks.append(Block(width, attn, DepthwiseMlp(width, 4 * width), drop_path=rate))
+                attn = HiLo(width, m, window=window, alpha=alpha) if window else None
+                blocks.append(Block(width, attn, DepthwiseMlp(width, int(mlp_ratio * width)), drop_path=rate))
             self.add_layer(blocks, DeformableMerging)
         self.finish_init(num_classes)
 

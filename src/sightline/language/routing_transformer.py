@@ -28,7 +28,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from sightline.errors import InputError, ParameterError
 from sightline.mix.gna import neighborhood_attention
-from sightline.mix.routing_transformer import clustered_attention, commitment, members, new_means
+from sightline.mix.routing_transformer import clustered_attention, commitment, k_means, members, new_means
 
 
 class RoutingTransformerConfig(PretrainedConfig):
@@ -158,13 +158,7 @@ class RoutingAttention(nn.Module):
     def start(self, x: Tensor, generator: torch.Generator | None, steps: int = 10) -> None:
         """Centroids by k-means on the tokens of x, from some that `generator` draws."""
         q, k, _ = self._project(x)[1]
-        tokens = F.normalize(self._routing_tokens(q, k), dim=-1)
-        flat = tokens.flatten(0, 1)
-        drawn = torch.randint(len(flat), (self.config.clusters,), generator=generator)
-        means = flat[drawn.to(flat.device)].transpose(0, 1)
-        for _ in range(steps):
-            means = new_means(tokens, means)
-        self.means.copy_(means)
+        self.means.copy_(k_means(self._routing_tokens(q, k), self.config.clusters, generator, steps))
 
 
 class RoutingLayer(nn.Module):

@@ -15,7 +15,8 @@ Logits are D^-0.5 q k^T. Causal: by position inside the cluster, and m >= 1 lear
 being empty; shared q = k: k is normalised and a token's own key gets the logit -5e4. Membership looks at the whole sequence: in
 training later tokens decide who is in a cluster, an inherent leak of the method. Differences: the official code uses LayerNorm
 instead of L2, ranks instead of positions, and 1e-2 in the count; the re-implementation updates mu in a backward hook, here
-`forward` in training mode does; ties go to the lower position. Local heads are left to the model (FNA with a causal axis).
+`forward` in training mode does; its k-means at the start adds up tokens of any length, ours has units; ties go to the lower
+position. Local heads are left to the model (FNA with a causal axis).
 
 Cost: 2 N k C + 4 k w^2 C operations, O(N^1.5 C) with k = sqrt(N) and w = N / k.
 """
@@ -119,6 +120,19 @@ def new_means(x: Tensor, means: Tensor) -> Tensor:
     return torch.where(hot.sum((0, 1))[..., None] > 0, total, means.to(unit.dtype))
 
 
+def k_means(x: Tensor, clusters: int, generator: torch.Generator | None = None, steps: int = 10) -> Tensor:
+    """Centroids (H, k, D) after `steps` steps on x (B, N, H, D), from tokens that `generator` draws, different ones if it can."""
+    unit = F.normalize(x.detach(), dim=-1)
+    flat = unit.flatten(0, 1)
+    drawn = torch.randperm(len(flat), generator=generator)[:clusters]
+    if len(flat) < clusters:
+        drawn = torch.randint(len(flat), (clusters,), generator=generator)
+    means = flat[drawn.to(flat.device)].transpose(0, 1)
+    for _ in range(steps):
+        means = new_means(unit, means)
+    return means
+
+
 def _nearest(unit: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of each token (B, N, H, D) and its number (B, N, H)."""
     means = means.detach().to(unit.dtype)
@@ -196,13 +210,7 @@ class Routing(Mixer):
     def start(self, x: Tensor, generator: torch.Generator | None = None, steps: int = 10) -> None:
         """Set the centroids by k-means on an input (B, *grid, C), from tokens that `generator` draws."""
         q, k, _ = self._project(x)
-        tokens = F.normalize(q if self.shared else torch.cat([q, k], 1), dim=-1)
-        flat = tokens.flatten(0, 1)
-        drawn = torch.randint(len(flat), (self.clusters,), generator=generator)
-        means = flat[drawn.to(flat.device)].transpose(0, 1)
-        for _ in range(steps):
-            means = new_means(tokens, means)
-        self.means.copy_(means)
+        self.means.copy_(k_means(q if self.shared else torch.cat([q, k], 1), self.clusters, generator, steps))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = split_heads(self.qkv(x.flatten(1, -2)), 2 if self.shared else 3, self.heads)

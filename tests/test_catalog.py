@@ -126,10 +126,10 @@ def test_values_are_read_as_their_fields_type(text, field, value):
     [
         ("toy", "toy needs size: write toy:size=..."),
         ("toy:size=3.5", "cannot read size='3.5'; a value of type int is needed"),
-        ("toy:size=3,flag=yes", "cannot read flag='yes'; a value of type bool"),
-        ("toy:size=3,limit=x", "cannot read limit='x'; a value of type float or NoneType"),
-        ("toy:size=3,dims=a/b", "cannot read dims='a/b'"),
-        ("toy:size=3,mode=fsat", "cannot read mode='fsat'"),
+        ("toy:size=3,flag=yes", "cannot read flag='yes'; a value of type true or false"),
+        ("toy:size=3,limit=x", "cannot read limit='x'; a value of type float or none"),
+        ("toy:size=3,dims=a/b", "cannot read dims='a/b'; a value of type tuple (written 1/2/3) or none"),
+        ("toy:size=3,mode=fsat", "cannot read mode='fsat': did you mean fast"),
         ("toy:size=3,shrae=1", "toy has no parameter 'shrae': did you mean share"),
         ("toy:size", "cannot read 'size': write parameters as name=value"),
         ("toy:size=", "cannot read 'size='"),
@@ -163,6 +163,26 @@ def test_values_of_the_wrong_type(value):
         return
     with pytest.raises(ParameterError, match=r"share=.* is out of range"):
         Toy(3, share=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"size": 2.5}, "Toy: size=2.5: give a whole number"),
+        ({"size": None}, "size=None: give a whole number"),
+        ({"share": None}, "share=None: give a number"),
+        ({"flag": "no"}, "flag='no': give True or False"),
+        ({"mode": "fsat"}, "mode='fsat': give 'fast' or 'exact'"),
+        ({"dims": [1, 2]}, "dims=[1, 2]: give a tuple, each a whole number or None"),
+        ({"dims": (1, 2.5)}, "dims=(1, 2.5): give a tuple"),
+        ({"label": None}, "label=None: give text"),
+        ({"table": 3}, "table=3: give a list"),
+    ],
+)
+def test_values_of_another_type(given, said):
+    with pytest.raises(ParameterError) as caught:
+        Toy(**{"size": 3, **given})
+    assert said in str(caught.value)
 
 
 def test_defaults_that_can_change_are_not_shared():
@@ -235,3 +255,13 @@ def test_systems_of_one_paper_share_its_entry():
     papers = [entry.paper for entry in catalog.load_all().values() if entry.paper is not None]
     titles = {}
     assert all(titles.setdefault(paper.title, paper) is paper for paper in papers)
+
+
+@pytest.mark.parametrize("package", ["sightline", "sightline.explain", "sightline.evaluate", "sightline.engine"])
+def test_public_names_are_found_and_completed(package):
+    """What a name's module is does not show: every public name can be had, and the shell's completion knows it."""
+    module = import_module(package)
+    assert module.__doc__
+    for name in getattr(module, "__all__", ()):
+        assert name in dir(module)
+        assert getattr(module, name) is not None

@@ -421,6 +421,14 @@ def test_card(run, name):
     assert bibtex == run("cite", name).out == entry.bibtex() + "\n"
 
 
+def test_cards_show_defaults_as_they_are_written(run):
+    said = " ".join(run("card", "lqcd").out.split())
+    assert "lead I think the answer is yes." in said
+    said = " ".join(run("card", "vasparse").out.split())
+    assert "mode paper paper | release" in said
+    assert "(licence: none stated)" in said
+
+
 def test_card_of_var(run):
     said = run("card", "var").out
     assert re.search(r"p +0\.6 +0 \.\. 1 +share of the sinks' attention", said)

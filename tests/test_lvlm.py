@@ -231,6 +231,22 @@ def test_own_errors_pass_through_generate_arguments(lvlm):
         lvlm().ask(picture(), QUESTION, systems=[Wrong()], max_new_tokens=2, num_beams=2)
 
 
+def test_faults_are_not_put_down_to_arguments(lvlm):
+    """What goes wrong while the model works is no fault of the arguments, whatever its type."""
+
+    class Wrong(System):
+        def logits(self, site, logits):
+            raise TypeError("a defect")
+
+    with pytest.raises(TypeError, match=r"^a defect$"):
+        lvlm().ask(picture(), QUESTION, systems=[Wrong()], max_new_tokens=2, num_beams=2)
+
+
+def test_answers_are_text_whatever_generate_returns(lvlm):
+    wanted = lvlm().ask(picture(), QUESTION, max_new_tokens=2)
+    assert lvlm().ask(picture(), QUESTION, max_new_tokens=2, return_dict_in_generate=True, output_scores=True) == wanted
+
+
 def test_a_model_without_values_is_refused(lvlm):
     import copy
 

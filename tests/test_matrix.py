@@ -8,6 +8,7 @@ Tolerance: fp32 and four layers, so 2e-5 relative RMS between two ways of comput
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import sightline as sl
 from sightline import catalog
 from sightline.engine.system import System
-from sightline.errors import AttachError, HostError, SightlineError
+from sightline.errors import AttachError, HostError, ParameterError, SightlineError
 from tests.engine.numerics import Questions, assert_close, relative_rms
 from tests.engine.whole import forward, generate
 from tests.systems import CASES
@@ -103,6 +104,15 @@ def test_configurations_survive_json_and_the_command_line(slug, which):
     assert catalog.from_dict(json.loads(json.dumps(catalog.to_dict(system)))) == system
     assert catalog.parse(catalog.to_spec([system])) == [system]
     assert catalog.parse(f"{catalog.to_spec([system])}+none") == [system]
+
+
+@systems
+def test_parameters_of_the_wrong_type(slug):
+    """Whatever a parameter asks for, this is none: said at once, not after the model has worked."""
+    system = CASES[slug].active
+    for field in dataclasses.fields(system):
+        with pytest.raises(ParameterError, match=field.name):
+            dataclasses.replace(system, **{field.name: object()})
 
 
 # -- on and off -------------------------------------------------------------------------------------------------------------
@@ -231,6 +241,43 @@ def test_no_picture(slug, host):
     if not CASES[slug].text_too:
         _, text = generate(host.model, host.inputs(QUESTIONS[:1]))
         assert_close("the row without", mixed[1][0], text[0], CLOSE)
+
+
+@systems
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_assisted_decoding(slug, how, host):
+    """The same answer as token by token, or a refusal before any work: drafts would stand in the prompt."""
+    inputs = host.inputs(["the red cup the red cup the red cup the red cup"], [PICTURES[:1]])
+    options = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": copy.deepcopy(host.model)}
+    with sl.attach(host.model, CASES[slug].active):
+        wanted = host.model.generate(**inputs, max_new_tokens=8)
+        if CASES[slug].active.drafts:
+            assert torch.equal(host.model.generate(**inputs, max_new_tokens=8, **options), wanted)
+        else:
+            with pytest.raises(ParameterError, match=f"{slug} acts on one new token at a time"):
+                host.model.generate(**inputs, max_new_tokens=8, **options)
+        with pytest.raises(ParameterError, match=f"{slug} must see a prompt with all its pictures in one piece"):
+            host.model.generate(**inputs, max_new_tokens=8, prefill_chunk_size=8)
+
+
+@systems
+@mostly
+def test_static_cache(slug, apart):
+    """Masks that `generate` makes beforehand tell padding too; who cannot use such a cache says so."""
+    with sl.attach(apart.model, CASES[slug].active):
+        ids, logits = generate(apart.model, batch(apart))
+        try:
+            found, steps = generate(apart.model, batch(apart), cache_implementation="static")
+        except HostError as error:
+            refusal = str(error)
+        else:
+            refusal = ""
+    if refusal:
+        assert "static" in refusal.lower()
+    else:
+        assert torch.equal(found, ids)
+        assert_close("logits", steps, logits, CLOSE)
 
 
 # -- precision and company ------------------------------------------------------------------------------------------------

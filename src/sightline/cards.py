@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import TYPE_CHECKING, Any
 
-from sightline.catalog import KINDS, Entry, load_all
+from sightline.catalog import KINDS, Entry, load_all, to_text
 from sightline.console import say
 from sightline.errors import UnknownNameError, nearest
 
@@ -75,7 +76,7 @@ def print_card(entry: Entry, console: Console) -> None:
         say(console, f"{_names(facts['authors'])}. {facts['venue']}")
     for key in ("url", "code"):
         if facts[key]:
-            licence = f" ({facts['licence']})" if key == "code" and facts["licence"] else ""
+            licence = f" (licence: {facts['licence']})" if key == "code" and facts["licence"] else ""
             say(console, f"{'official code: ' if key == 'code' else ''}{facts[key]}{licence}")
     _rows(console, "Parameters", ("name", "default", "range", "meaning"), [_cells(p) for p in facts["parameters"]])
     published = [(row["what"], row["figure"], row["status"]) for row in facts["published"]]
@@ -119,10 +120,11 @@ def _rows(console: Console, title: str, columns: tuple[str, ...], rows: list[tup
 
 
 def _parameters(entry: Entry) -> list[dict[str, Any]]:
-    return [_parameter(field) for field in entry.parameters if field.init]
+    hints = typing.get_type_hints(entry.cls)
+    return [_parameter(field, hints[field.name]) for field in entry.parameters if field.init]
 
 
-def _parameter(field: dataclasses.Field) -> dict[str, Any]:
+def _parameter(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     has_factory = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if has_factory else field.default
     required = default is dataclasses.MISSING
@@ -133,6 +135,7 @@ def _parameter(field: dataclasses.Field) -> dict[str, Any]:
         "default": None if required else default,
         "low": field.metadata.get("low"),
         "high": field.metadata.get("high"),
+        "choices": list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else [],
         "help": field.metadata.get("help", ""),
     }
 
@@ -140,7 +143,8 @@ def _parameter(field: dataclasses.Field) -> dict[str, Any]:
 def _cells(parameter: dict[str, Any]) -> tuple[str, str, str, str]:
     low, high = parameter["low"], parameter["high"]
     bounds = "" if low is None and high is None else f"{_bound(low, '-inf')} .. {_bound(high, 'inf')}"
-    default = "(required)" if parameter["required"] else str(parameter["default"]).lower()
+    bounds = " | ".join(parameter["choices"]) or bounds
+    default = "(required)" if parameter["required"] else to_text(parameter["default"])
     return parameter["name"], default, bounds, parameter["help"]
 
 

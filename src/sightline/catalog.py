@@ -10,8 +10,6 @@ Parameters are the dataclass fields; each carries its help, range and source in 
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,9 @@ from pkgutil import iter_modules
 from typing import Any
 
 from sightline.errors import InputError, ParameterError, UnknownNameError, nearest
+from sightline.parameters import check_parameters as check_parameters
+from sightline.parameters import convert
+from sightline.parameters import param as param
 
 KINDS = {
     "prune": "drop or merge visual tokens, before or inside the language model",
@@ -79,28 +80,6 @@ class Entry:
 
 
 ENTRIES: dict[str, Entry] = {}
-
-
-def param(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with its help and allowed range; `check_parameters` enforces the range."""
-    metadata = {"help": help, "low": low, "high": high}
-    if isinstance(default, (list, dict, set)):
-        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def check_parameters(instance: Any) -> None:
-    """Raise ParameterError for the first field (or member of a tuple) outside the range that its `param` states."""
-    for f in dataclasses.fields(instance):
-        value, low, high = getattr(instance, f.name), f.metadata.get("low"), f.metadata.get("high")
-        if value is None or (low is None and high is None):
-            continue
-        low, high = -float("inf") if low is None else low, float("inf") if high is None else high
-        members = value if isinstance(value, tuple) and "tuple" in str(f.type) else (value,)
-        if any(isinstance(m, bool) or not isinstance(m, (int, float)) or not low <= m <= high for m in members):
-            raise ParameterError(
-                f"{type(instance).__name__}: {f.name}={value!r} is out of range; choose {f.name} in [{low:g}, {high:g}]"
-            )
 
 
 def system(
@@ -203,7 +182,14 @@ def build(slug: str, settings: dict[str, Any]) -> Any:
     if missing := [name for name in required if name not in settings]:
         wanted = ",".join(f"{name}=..." for name in missing)
         raise ParameterError(f"{slug} needs {' and '.join(missing)}: write {slug}:{wanted}")
-    return found.cls(**{k: _convert(slug, k, v, hints[k]) if isinstance(v, str) else v for k, v in settings.items()})
+    return found.cls(**{k: convert(slug, k, v, hints[k]) if isinstance(v, str) else v for k, v in settings.items()})
+
+
+def to_text(value: Any) -> str:
+    """A parameter's value as the command line writes it: true, none, 0.7/0.5."""
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def to_spec(systems: typing.Iterable[Any]) -> str:
@@ -214,8 +200,7 @@ def to_spec(systems: typing.Iterable[Any]) -> str:
         for f in dataclasses.fields(instance):
             value = getattr(instance, f.name)
             if value != f.default:
-                text = "/".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
-                changed.append(f"{f.name}={text.lower() if isinstance(value, bool) else text}")
+                changed.append(f"{f.name}={to_text(value)}")
         parts.append(instance.slug + (":" + ",".join(changed) if changed else ""))
     return "+".join(parts) or "none"
 
@@ -245,30 +230,6 @@ def _setting(text: str) -> tuple[str, str]:
     if not equals or not value:
         raise ParameterError(f"cannot read {text!r}: write parameters as name=value, for example var:p=0.4,tau=20")
     return key.strip(), value.strip()
-
-
-def _convert(slug: str, key: str, text: str, hint: Any) -> Any:
-    """`text` as the type that the field declares: numbers, true/false, none, or a/b/c for a tuple."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if text.lower() == "none" and type(None) in options:
-        return None
-    for option in options:
-        origin = typing.get_origin(option) or option
-        try:
-            if origin is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if origin is tuple:
-                return tuple(json.loads(part) for part in text.split("/"))
-            if origin in (int, float):
-                return origin(text)
-            if origin is str:
-                return text
-            if origin is typing.Literal and text in typing.get_args(option):
-                return text
-        except ValueError:
-            continue
-    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ParameterError(f"{slug}: cannot read {key}={text!r}; a value of type {wanted} is needed")
 
 
 if __name__ == "__main__":

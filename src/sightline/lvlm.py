@@ -168,33 +168,35 @@ class LVLM:
         Returns:
             The answer; a list of answers when a list was given or several sequences per question were asked for.
         """
-        from sightline.engine.checks import check_systems, checked_options
+        from sightline.engine.checks import check_options, check_systems
         from sightline.engine.passes import planned, plans
 
         check_max_new_tokens(max_new_tokens)
         check_systems(systems)
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        with checked_options(self.model, generate_kwargs):
-            if plans(systems):  # they ask the model about every question by itself
-                answers = []
-                for row, question in zip(*_pair(images, questions), strict=True):
-                    chosen = planned(systems, self, row.frames if isinstance(row, Clip) else row, question)
-                    answers += self._answers([row], [question], chosen, options)
-            else:
-                answers = self._answers(images, questions, systems, options)
+        check_options(self.model, generate_kwargs)
+        if plans(systems):  # they ask the model about every question by itself
+            answers = []
+            for row, question in zip(*_pair(images, questions), strict=True):
+                chosen = planned(systems, self, row.frames if isinstance(row, Clip) else row, question)
+                answers += self._answers([row], [question], chosen, max_new_tokens, generate_kwargs)
+        else:
+            answers = self._answers(images, questions, systems, max_new_tokens, generate_kwargs)
         single = isinstance(questions, str) and not _is_batch(images) and len(answers) == 1
         return answers[0] if single else answers
 
     def _answers(
-        self, images: Any, questions: str | Sequence[str], systems: Sequence[System], options: dict[str, Any]
+        self, images: Any, questions: str | Sequence[str], systems: Sequence[System], most: int, given: dict[str, Any]
     ) -> list[str]:
         import torch
 
+        from sightline.engine.checks import generate
+
         batch = self.inputs(images, questions)
         length = batch["input_ids"].shape[1]
-        self._check_context(length, options["max_new_tokens"])
+        self._check_context(length, most)
         with self._attached(systems), torch.inference_mode():
-            ids = self.model.generate(**batch, **options)  # (B, length + new)
+            made = generate(self.model, batch, given, do_sample=False, max_new_tokens=most)
+        ids = getattr(made, "sequences", made)  # (B, length + new)
         return [text.strip() for text in self.processor.batch_decode(ids[:, length:], skip_special_tokens=True)]
 
     def _attached(self, systems: Sequence[System]) -> AbstractContextManager:

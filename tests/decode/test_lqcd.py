@@ -20,6 +20,14 @@ PAIRS = {
     "The dog sits on the sofa, right?": "Is it true that the dog sits on the sofa?",
     "Is there a dog? I think the answer is yes.": "Is there a dog?",
     "I believe the answer is yes. Is there a dog in the image?": "Is there a dog in the image?",
+    "The dog is on the right?": "Is the dog on the right?",
+    "There is a dog in the image right?": "Is there a dog in the image?",
+    "There isn't a dog, is there?": "Is there a dog?",
+    "There are no dogs, are there?": "Are there any dogs?",
+    "You can see an apple, can't you?": "Can you see an apple?",
+    "It's a dog, isn't it?": "Is it a dog?",
+    "The dog has a collar, doesn't it?": "Does the dog have a collar?",
+    "I don't think there is a dog.": "Is there a dog?",
 }
 NEUTRAL = [
     "Is there a dog?",
@@ -27,6 +35,18 @@ NEUTRAL = [
     "Describe the picture.",
     "How many cats are there?",
     "Is the cup right of the dog?",
+    "In the picture, what is this?",
+    "In this image, how many cups are there?",
+    "Based on the image, is there a dog?",
+    "Answer yes or no: is there a dog?",
+    "There is a dog, yes or no?",
+    "Which side is the cup on, left or right?",
+    "Left or right?",
+    "Hello! Is there a dog?",
+    "The man is holding what?",
+    "Right?",
+    "A dog?",
+    "",
 ]
 
 

@@ -238,6 +238,38 @@ def test_a_conversation_goes_on(tiny) -> None:
             host.model(input_ids=one["input_ids"], pixel_values=one["pixel_values"], cache=cache)
 
 
+@pytest.mark.filterwarnings("error::sightline.errors.SightlineWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_a_conversation_goes_on_in_generate(case, tiny, apart) -> None:
+    """`generate` asks the cache how much it has read: it must count the first stream, whichever is longer."""
+    host = tiny("llava")
+    more = torch.arange(300, 306)[None]
+
+    def answers() -> torch.Tensor:
+        with sl.attach(host.model, CASES[case]):
+            out = host.model.generate(
+                **host.inputs(QUESTIONS[:1], PICTURES[:1]), max_new_tokens=4, return_dict_in_generate=True
+            )
+            ids = torch.cat([out.sequences, more], 1)
+            return host.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), cache=made_cache(out), max_new_tokens=4
+            )
+
+    together = answers()
+    apart()
+    assert torch.equal(answers(), together)
+
+
+def test_guidance_goes_with_a_second_stream(tiny) -> None:
+    """The branch that `guidance_scale` adds begins with one token: it asks nothing, so it has no second stream."""
+    host = tiny("llava")
+    with sl.attach(host.model, LONGER) as attached:
+        found, _ = generate(host.model, inputs(host), guidance_scale=1.5)
+        alone, _ = generate(host.model, inputs(host), guidance_scale=1.0)
+    assert found.shape == alone.shape
+    assert attached.report()["lqcd"]["questions"] == 4
+
+
 @pytest.mark.parametrize("spec", ["damro:topk=4", "lqcd", "vdgd:description_tokens=5"])
 def test_look_answers_with_it(spec) -> None:
     """Through the command line's own path, on the bundled model."""

@@ -9,11 +9,16 @@ import pytest
 import torch
 
 import sightline as sl
-from sightline.decode import LQCD
+from sightline.decode import LQCD, vasparse
 from sightline.decode.vasparse import VASparse, budget, keep_mask, relation, score, sink_bias
+from sightline.engine.attention import Probe
+from sightline.engine.select import best
 from sightline.engine.sequences import made_cache
+from sightline.engine.tokens import Role
 from sightline.errors import AttachError, ParameterError
+from sightline.prune import PyramidDrop
 from tests.engine.numerics import assert_close
+from tests.engine.toys import toy
 from tests.engine.whole import generate
 from tests.steer.goldens import cases, load
 from tests.tiny_hosts import picture
@@ -144,6 +149,54 @@ def test_as_released_by_hand(dola, tiny) -> None:
             assert torch.equal(scores[:, step].isfinite(), wanted.isfinite())
             here = wanted.isfinite()
             assert_close(f"step {step}", scores[:, step][here], wanted[here], 2e-5)
+
+
+def test_budgets_are_those_of_python() -> None:
+    """int(100 * 0.29) is 28 in double precision, and 29 in single."""
+    visual = torch.arange(100)[None] < torch.tensor([[100], [60], [0]])
+    assert budget(visual, 0.29).tolist() == [28, 17, 0]
+    assert int(keep_mask(torch.randn(1, 100), 0.29).sum()) == 28
+
+
+def test_little_attention_is_told_apart(tiny, monkeypatch) -> None:
+    """576 tokens share little attention each: a constant added to its square would round it to ties."""
+    given = []
+    monkeypatch.setattr(
+        vasparse, "best", lambda scores, *args, **more: given.append(scores) or best(scores, *args, **more)
+    )
+    host = tiny("llava")
+    with sl.attach(host.model, VASparse(alpha=0.0, beta=0.0, sparse_layer=1)):
+        generate(host.model, inputs(host))
+    assert len(given) == 4, "one choice per layer"
+    assert max(scores.max() for scores in given) < 1
+
+
+def test_the_penalty_falls_on_the_same_text_where_tokens_were_dropped(tiny) -> None:
+    """Beside a system that drops tokens inside the model, a layer's columns are what it has seen, not the whole prompt."""
+    host, seen = tiny("llava"), []
+
+    def watch(site):
+        if not site.prefill and site.layer == 3:
+            return Probe(lambda weights, first: seen.append((site.tokens.role, weights[:, :, 0].mean(1))))
+
+    system = VASparse(mask_rate=1.0, alpha=0.0, beta=0.0, penalty=200.0, sparse_layer=1)
+    with sl.attach(host.model, PyramidDrop((1, 2), (0.5, 0.25)), system, toy(attention=watch)), torch.no_grad():
+        out = host.model.generate(**inputs(host), max_new_tokens=2, return_dict_in_generate=True)
+    bias = made_cache(out)._sightline.states[1][3, "bias"]  # (B, M) over what layer 3 has seen of the prompt
+    role, weights = seen[0]
+    assert role.shape[1] < out.sequences.shape[1], "nothing was dropped"
+    sinks = bias < -20
+    assert (sinks & (role[:, : bias.shape[1]] == int(Role.AFTER))).any()
+    assert weights[:, : bias.shape[1]][sinks].max() < 1e-6
+
+
+def test_without_a_cache_it_is_refused(tiny) -> None:
+    """It takes tokens out of the cache: without one it would quietly do a part of what it says."""
+    host = tiny("llava")
+    said = pytest.raises(ParameterError, match="use_cache=False: vasparse acts on the cache: leave it out")
+    with sl.attach(host.model, VASparse(sparse_layer=1)), said:
+        generate(host.model, inputs(host), use_cache=False)
+    assert "generate" not in host.model.__dict__
 
 
 def test_as_released_without_strength_is_the_host(tiny) -> None:

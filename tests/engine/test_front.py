@@ -10,7 +10,7 @@ import sightline as sl
 from sightline.engine.pictures import columns_of, keep_visual
 from sightline.engine.select import Keep, columns, take
 from sightline.engine.tokens import Role
-from sightline.errors import HostError, InputError
+from sightline.errors import HostError, InputError, ParameterError
 from tests.engine.numerics import assert_close
 from tests.engine.toys import toy
 from tests.engine.whole import forward, generate
@@ -205,7 +205,7 @@ def test_what_cannot_be_cut_says_so(tiny):
     with sl.attach(host.model, every(3)):
         with pytest.raises(HostError, match="StaticCache has a fixed shape"):
             generate(host.model, batch(host), cache_implementation="static")
-        with pytest.raises(InputError, match=r"cut in two|in one forward"):
+        with pytest.raises(ParameterError, match="in one piece: leave it out"):
             generate(host.model, batch(host), prefill_chunk_size=16)
     assert "get_image_features" not in host.model.model.__dict__
     assert columns_of(2, torch.tensor([[True, False], [True, False]])).tolist() == [0, 1]

@@ -19,10 +19,10 @@ def toy(prepare: Callable | None = None, name: str = "", **stations: Callable) -
     def method(function: Callable) -> Callable:
         return lambda self, *args: function(*args)
 
-    members = {station: method(function) for station, function in stations.items()}
+    members: dict[str, Any] = {station: method(function) for station, function in stations.items()}
     if prepare is not None:
         members["prepare"] = method(prepare)
-    return type("Toy", (System,), {"slug": name, **members})()
+    return type("Toy", (System,), {"slug": name, "drafts": True, **members})()
 
 
 def nothing() -> System:

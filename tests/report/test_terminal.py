@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from sightline import report
+from sightline.report.terminal import _cell
 
 from .synthetic import make_look
 
@@ -34,6 +35,11 @@ def test_markup_and_control_characters_are_shown_not_obeyed():
     assert "[bold]q[/bold]" in text
     assert "\x1b" not in text
     assert "\x07" not in text
+
+
+def test_blank_tokens_are_visible():
+    assert _cell(" ") == "␣"
+    assert _cell(" a") == " a"
 
 
 def test_no_sinks_says_how_far_phi_reached():

@@ -173,6 +173,20 @@ def test_a_second_question_with_a_second_picture(tiny) -> None:
     assert_close("second turn", turns, long, 2e-5)
 
 
+def test_a_second_question_about_the_same_picture(tiny) -> None:
+    host = tiny("llava")
+    first = host.inputs(QUESTIONS[:1], [PICTURES[:1]])
+    more = torch.arange(300, 305)[None]
+    whole = {**first, "input_ids": torch.cat([first["input_ids"], more], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    with torch.no_grad(), sl.attach(host.model, ON):
+        one = host.model(**first)
+        cache = getattr(one, "cache", None) or one.past_key_values
+        turns = host.model(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache).logits
+        long = host.model(**whole).logits[:, -5:]
+    assert_close("second turn", turns, long, 2e-5)
+
+
 def test_untrained_weights_are_warned_of() -> None:
     host = TINY["llava"]()
     with pytest.warns(SightlineWarning, match="only weights trained with it"), sl.attach(host.model, CCA()):

@@ -13,6 +13,7 @@ import sightline as sl
 from benchmarks.reference import naive_var
 from sightline.catalog import build
 from sightline.engine import sinks as engine_sinks
+from sightline.engine.sequences import made_cache
 from sightline.errors import ParameterError
 from sightline.steer.var import VAR, edited_rows, factors, group_members, redistribute, sink_mask
 from tests.steer.goldens import cases, load
@@ -181,6 +182,20 @@ def test_second_turn_with_a_second_image() -> None:
         ).logits[:, -1]
         long = tiny.model(**whole).logits[:, -1]
     assert (turns - long).abs().max() <= 1e-5 * long.abs().max()
+
+
+def test_a_cache_cropped_into_the_prompt() -> None:
+    """The end of the prompt taken back and read again, as assisted decoding does."""
+    tiny = TINY["llava"]()
+    inputs = tiny.inputs(["Is there a dog?"], [[picture()]])
+    with sl.attach(tiny.model, ACTIVE), torch.no_grad():
+        out = tiny.model(**inputs, use_cache=True)
+        cache = made_cache(out)
+        cache.crop(-3)
+        again = tiny.model(
+            input_ids=inputs["input_ids"][:, -3:], attention_mask=inputs["attention_mask"], past_key_values=cache
+        )
+    torch.testing.assert_close(again.logits, out.logits[:, -3:], atol=1e-4, rtol=1e-4)
 
 
 def test_tau_above_its_bound_is_refused() -> None:

@@ -17,7 +17,7 @@ that does not lead.
 
 Where the paper has a language model rewrite the query, `neutral_form` here knows the English patterns of leading questions:
 tags ("..., right?", "... isn't there?"), stated beliefs ("I think ...", "I'm sure that ..."), statements ending in a
-question mark.
+question mark. Questions behind an opening ("Based on the image, is there ...") and alternatives ("... yes or no?") are neutral.
 
 Cost: a second prefill with all tokens (encoded pictures are used again) and two rows per token instead of one.
 """
@@ -37,35 +37,46 @@ from sightline.decode.contrast import plausible
 from sightline.engine.prompts import Prompt
 from sightline.engine.system import Site, System
 
+AUXILIARY = "is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|must|might|may"
 BELIEF = re.compile(
-    r"^\s*(?:(?:i|we)(?:'m| am|'re| are)? (?:quite |really |pretty |very |absolutely |almost )*"
+    r"^\s*(?:(?:i|we)(?:'m| am|'re| are| do not| don't)? (?:quite |really |pretty |very |absolutely |almost )*"
     r"(?:think|believe|guess|suppose|assume|bet|know|sure|certain|confident|positive|convinced)"
     r"|surely|obviously|clearly|certainly|of course|it is (?:obvious|clear)|everyone (?:knows|can see))"
     r"(?:,)? (?:that )?",
     re.IGNORECASE,
 )
 TAG = re.compile(
-    r"\s*[,;.]?\s*(?:right|correct|yes|no|true|okay|ok|don't you (?:think|agree|see it)|wouldn't you (?:say|agree)"
-    r"|(?:is|are|was|were|do|does|did|has|have|can|could|will|would)(?:n't)? (?:it|there|they|he|she|you|this|that|these|those)(?: not)?)"
-    r"\s*\?\s*$",
+    r"(?:\s*[,;.]\s*|(?<!\bthe)(?<!\bor)(?<!\band)(?<!\bon)(?<!\bto)(?<!\bis)(?<!\bare)(?<!\bthat)(?<!\ball)\s+)"
+    r"(?:right|correct|yes|no|true|okay|ok|don't you (?:think|agree|see it)|wouldn't you (?:say|agree)"
+    rf"|(?:can't|won't|(?:{AUXILIARY})(?:n't)?) (?:it|there|they|he|she|we|you|this|that|these|those)(?: not)?)\s*\?\s*$",
     re.IGNORECASE,
 )
-VERB = re.compile(r"^(.*?)\s+(is|are|was|were|has|can|could|will|would)\s+(.*)$", re.IGNORECASE)
+CHOICE = re.compile(r"\bor\s+[^,;.?!]+\?\s*$", re.IGNORECASE)  # "There is a dog, yes or no?"
+VERB = re.compile(
+    r"^(.*?)\s+(?:(is|are|was|were|has|have|could|would|should|must|might|may)(?:n't)?|(can|will|wo)(?:'t|n't)?)\s+(.*)$",
+    re.IGNORECASE,
+)
+WH = "what|which|who|whose|whom|where|when|why|how"
 ASKS = re.compile(
-    r"^(?:what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|has|have|can|could|will|would|should|may"
-    r"|describe|list|name|tell|count|explain|give|write|please)\b",
-    re.IGNORECASE,
+    rf"^(?:{WH}|{AUXILIARY}|describe|list|name|tell|count|explain|give|write|please)\b(?!'t)", re.IGNORECASE
 )
+ENDS_ASKING = re.compile(rf"\b(?:{WH})\s*\?\s*$", re.IGNORECASE)  # "The man is holding what?"
+CONTRACTED = re.compile(r"^(it|that|this|there|he|she|they|we|you|these|those)'(s|re)\b", re.IGNORECASE)
 
 
 def lead_strength(question: str) -> float:
     """How strongly a question leads, by its wording: 0 neutral, 0.5 a bare statement with a question mark, 1 a tag or belief."""
-    text, last = question.strip(), TAG.search(question)
+    text = question.strip()
     if any(BELIEF.match(part) for part in _sentences(text)):
         return 1.0
-    if last and not ASKS.match(question[: last.start()].strip()):
-        return 1.0
-    return 0.0 if ASKS.match(text) or not text.endswith("?") else 0.5
+    if CHOICE.search(text) or ENDS_ASKING.search(text):
+        return 0.0
+    tag = TAG.search(text)
+    clauses = _clauses(text[: tag.start()] if tag else text)
+    if tag and clauses:
+        return 0.0 if any(ASKS.match(clause) for clause in (clauses[0], clauses[-1])) else 1.0
+    states = text.endswith("?") and len(text.split()) > 2 and not any(ASKS.match(clause) for clause in clauses)
+    return 0.5 if states else 0.0
 
 
 def neutral_form(question: str) -> str:
@@ -77,41 +88,37 @@ def neutral_form(question: str) -> str:
         return " ".join(others)
     text = BELIEF.sub("", question.strip(), count=1).strip()
     text = TAG.sub("", text).rstrip(" ?.!,")
-    found = VERB.match(text)
     if ASKS.match(text):
         return f"{text}?"
+    text = CONTRACTED.sub(lambda found: f"{found[1]} {'is' if found[2] == 's' else 'are'}", text)
+    found = VERB.match(text)
     if found is None:
         return f"Is it true that {text[:1].lower() + text[1:]}?"
-    subject, verb, rest = found.groups()
-    if subject.split()[0].lower() in LOWER:
+    subject, verb, rest = found[1], (found[2] or found[3]).lower(), found[4].removeprefix("not ")
+    if LOWER.match(subject):
         subject = subject[:1].lower() + subject[1:]
-    rest = rest.removeprefix("not ")
-    rest = f"a {rest[3:]}" if rest.startswith("no ") else rest
-    return f"{verb.capitalize()} {subject} {rest}?"
+    if rest.startswith("no "):
+        some = "any" if verb in ("are", "were", "have") else "an" if rest[3:4] in "aeiou" else "a"
+        rest = f"{some} {rest[3:]}"
+    if verb in ("has", "have") and not PERFECT.match(rest):
+        return f"{'Does' if verb == 'has' else 'Do'} {subject} have {rest}?"
+    return f"{'Will' if verb == 'wo' else verb.capitalize()} {subject} {rest}?"
 
 
 def _sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
-LOWER = {
-    "there",
-    "it",
-    "this",
-    "that",
-    "these",
-    "those",
-    "the",
-    "a",
-    "an",
-    "they",
-    "he",
-    "she",
-    "some",
-    "all",
-    "both",
-    "one",
-}
+def _clauses(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"[.!?,;:]+(?:\s+|$)", text) if part.strip()]
+
+
+PERFECT = re.compile(r"(?:been|got|gone|\w+ed)\b", re.IGNORECASE)
+LOWER = re.compile(  # first words that are no names
+    r"(?:there|it|this|that|these|those|the|an?|they|he|she|we|you|some|all|both|one|two|three|four|five|six|no|every|each"
+    r"|his|her|its|their|my|our|your)\b",
+    re.IGNORECASE,
+)
 
 
 def contrast(neutral: Tensor, leading: Tensor, *, alpha: float | Tensor, beta: float) -> Tensor:

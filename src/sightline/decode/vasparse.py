@@ -5,7 +5,7 @@ CVPR 2025, arXiv 2501.06553. Official code: mengchuang123/VASparse-github (no li
 Three parts, in every decoder layer with attention a, averaged over heads; I the n visual tokens of a row:
 
     r_j   = mean_q a_qj                        q: text behind the picture (`queries="all"`: every token, as the code)
-    s_j   = W_j r_j^2 + lambda P_j             P: prior; 1 without a detector, so that r decides
+    s_j   = W_j r_j^2 + lambda P_j             P: prior; the same for all without a detector, so that r decides
     keep  = the min(int(n mask_rate), n - 1) largest s; the others leave the cache once the prompt is read
     L*    = (1 + alpha) L - alpha L_sparse     L_sparse: the same prompt of which `mask_rate` of I, drawn at random, goes
                                                beyond layer `sparse_layer`; where L >= log(beta) + max L, else -inf
@@ -71,8 +71,10 @@ def keep_mask(scores: Tensor, ratio: float) -> Tensor:
 
 def budget(visual: Tensor, ratio: float) -> Tensor:
     """(B,) the same number for rows whose visual tokens are marked in (B, N) bool; 0 for rows without."""
-    n = visual.sum(-1)
-    return torch.minimum((n * ratio).int(), n - 1).clamp(min=0)
+    counts = [
+        max(0, min(int(n * ratio), n - 1)) for n in range(visual.shape[-1] + 1)
+    ]  # int(n ratio) in double precision
+    return torch.tensor(counts, device=visual.device)[visual.sum(-1)]
 
 
 def sink_bias(received: Tensor, text: Tensor, penalty: float) -> Tensor:
@@ -172,7 +174,7 @@ class VASparse(System):
             return None
         if not site.prefill:
             bias = site.state.get((site.layer, "bias"))
-            return None if bias is None or self.penalty == 0 else Edit(bias=self._here(site, bias)[:, None, None])
+            return None if bias is None or self.penalty == 0 else Edit(bias=bias[:, None, None])
         start = max(site.tokens.first_after - site.start, 0) if self.queries == "text" else 0
         if start >= site.queries:
             return None
@@ -190,13 +192,6 @@ class VASparse(System):
         site.state[site.layer, "received"] = (total, asking.sum(1, keepdim=True).clamp(min=1))
         return Probe(see, start=start)
 
-    def _here(self, site: Site, bias: Tensor) -> Tensor:
-        """(B, M) a bias over the prompt, on what this layer still has."""
-        if site.columns is None:
-            return bias
-        inside = (site.columns >= 0) & (site.columns < bias.shape[1])
-        return bias.gather(1, site.columns.clamp(0, bias.shape[1] - 1)).masked_fill(~inside, 0.0)
-
     def cache(self, site: Site, cache: Any) -> None:
         """Once the prompt is read: decide, layer by layer."""
         if site.second or not site.prefill or not site.tokens.has_image:
@@ -209,7 +204,8 @@ class VASparse(System):
             text = tokens.where(Role.START, Role.BEFORE, Role.AFTER) & tokens.visual.any(1, keepdim=True)
             site.state[layer, "bias"] = sink_bias(received, text, self.penalty)
             if self.mask_rate < 1:
-                stay = best(score(received), budget(tokens.visual, self.mask_rate), valid=tokens.visual)
+                ranked = score(received, 0.0)  # beside a prior of 1 fp32 would round small r^2 to ties
+                stay = best(ranked, budget(tokens.visual, self.mask_rate), valid=tokens.visual)
                 site.cuts.evict(layer, stay | ~tokens.visual)
                 _count(site, stay, tokens.visual)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from inspect import signature
+from itertools import dropwhile
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,9 +14,14 @@ from sightline.errors import AttachError, HostError, ModelError, ParameterError,
 from sightline.hosts import Host, ViTHost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 MARK = "_sightline_attachment"  # where a model keeps its attachment
+STATIC = (
+    "a static cache has one length for all layers: use cache_implementation='dynamic' with systems that drop tokens inside "
+    "the language model"
+)
+DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # of assisted decoding
 VISION = {"pixels", "vision_hidden", "vision_attention"}  # stations that plain vision transformers have, too
 
 
@@ -44,23 +50,64 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def checked_options(model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
-    """Run `model.generate` with these arguments: what it says against them is a ParameterError, names before any work."""
+def check_generation(model: nn.Module, systems: Sequence[System], options: Mapping[str, Any]) -> None:
+    """Raise ParameterError (HostError for a static cache) for what keeps these systems in `generate` from what they say."""
+    configs = (options.get("generation_config"), getattr(model, "generation_config", None))
+
+    def asked(name: str) -> Any:
+        found = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in found if value is not None), None)
+
+    named = [system.slug or type(system).__name__ for system in systems]
+    if asked("prefill_chunk_size") is not None:
+        raise ParameterError(
+            f"generate with prefill_chunk_size={asked('prefill_chunk_size')!r}: {'+'.join(named)} must see a prompt with all "
+            "its pictures in one piece: leave it out"
+        )
+    cautious = [name for name, system in zip(named, systems, strict=True) if not system.drafts]
+    drafting = next((name for name in DRAFTING if asked(name) not in (None, False)), None)
+    if drafting and cautious:
+        raise ParameterError(
+            f"generate with {drafting}: {'+'.join(cautious)} acts on one new token at a time, assisted decoding reads several: "
+            "leave it out"
+        )
+    keeping = [name for name, system in zip(named, systems, strict=True) if "cache" in system.stations()]
+    if keeping and "static" in str(asked("cache_implementation")):
+        raise HostError(STATIC)
+    if asked("use_cache") is False and keeping:
+        raise ParameterError(f"generate with use_cache=False: {'+'.join(keeping)} acts on the cache: leave it out")
+
+
+def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise ParameterError for what is no argument of `model.generate`."""
     takers = (model.generate, model.forward, model.prepare_inputs_for_generation)
     known = {name for taker in takers for name in signature(taker).parameters} | set(vars(model.generation_config))
     known = sorted(name for name in known - {"kwargs", "model_kwargs"} if not name.startswith("_"))
     for name in options:
         if name not in known:
             raise ParameterError(f"generate has no argument {name!r}: {nearest(name, known)}")
+
+
+def generate(model: nn.Module, inputs: Mapping[str, Any], given: Mapping[str, Any], **defaults: Any) -> Any:
+    """`model.generate` with arguments of a user: what it says against them is a ParameterError.
+
+    Errors of the model at work, or of this package, pass as they are: they are no fault of the arguments.
+    """
     try:
-        yield
+        return model.generate(**inputs, **{**defaults, **given})
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, SightlineError) or not options:
+        if isinstance(error, SightlineError) or not given or _at_work(error):
             raise
-        given = ", ".join(f"{name}={_short(value)}" for name, value in options.items())
+        told = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ParameterError(f"generate cannot run with {given} ({reason}): leave out or mend what it names") from error
+        raise ParameterError(f"generate cannot run with {told} ({reason}): leave out or mend what it names") from error
+
+
+def _at_work(error: Exception) -> bool:
+    """Whether an error of `generate` came from below it: a module's forward, or code of this package that it called."""
+    callers = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    below = dropwhile(lambda name: name.startswith("sightline."), callers)  # who called it
+    return any(name == nn.Module.__module__ or name.startswith("sightline.") for name in below)
 
 
 def check_systems(systems: Any) -> None:

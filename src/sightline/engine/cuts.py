@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline.engine.checks import STATIC
 from sightline.engine.depth import Depth, Held, chosen, cut, mask_of, placed, places_of, spread
 from sightline.engine.lean import lean
 from sightline.engine.mixed import mixed
@@ -422,10 +423,7 @@ def _cache_of(kwargs: dict) -> Any:
 
 def _refuse_static(cache: Any) -> None:
     if getattr(cache, "is_compileable", False):
-        raise HostError(
-            "a static cache has one length for all layers: use cache_implementation='dynamic' with systems that drop "
-            "tokens inside the language model"
-        )
+        raise HostError(STATIC)
 
 
 def _past(cache: Any, layer: int) -> Tensor | None:

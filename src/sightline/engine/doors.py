@@ -6,7 +6,7 @@ doors before the decoder's first layer (encoding of pictures, cuts before the la
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sightline.engine.checks import VISION, require_vision
+from sightline.engine.checks import VISION, check_generation, require_vision
 from sightline.engine.compiled import run_uncompiled
 from sightline.engine.cuts import Cutter
 from sightline.engine.seats import Seat, switch_attention
@@ -24,6 +24,7 @@ from sightline.errors import AttachError, HostError
 from sightline.hosts import Host, get
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import ExitStack
 
     from torch import Tensor
@@ -65,6 +66,11 @@ class Doors:
         layers = list(get(decoder, host.layers))
         _hook(model, partial(self._before, signature(model.forward)), undo, with_kwargs=True)
         undo.callback(model.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
+        if hasattr(model, "generate"):
+            own = {"generate": model.__dict__["generate"]} if "generate" in model.__dict__ else {}
+            undo.callback(model.__dict__.update, own)
+            undo.callback(model.__dict__.pop, "generate", None)
+            model.__dict__["generate"] = self._around(model.generate)
         owner.front.enter(used, undo)
         if any(w.system.streams() for w in owner.workers if w.stations):
             _hook(decoder, self._streams, undo, with_kwargs=True)
@@ -111,6 +117,19 @@ class Doors:
             )
 
     # -- at work --------------------------------------------------------------------------------------------------
+
+    def _around(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate`, refusing before any work what systems cannot follow."""
+
+        @wraps(generate)  # its signature is read
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            if not self.owner.second_streams.running:
+                acting = [worker.system for worker in self.owner.workers if worker.stations]
+                check_generation(self.owner.model, acting, kwargs)
+                self.owner.second_streams.part_caches(given_cache(kwargs))
+            return generate(*args, **kwargs)
+
+        return generating
 
     def mask(self, call: Call, layer: int) -> Tensor | None:
         """The mask of a prompt's attention call as the systems want it, in the host's form; None: as it is.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from sightline.engine.prefix import plain_cache
+from sightline.engine.sequences import KEY
 from sightline.engine.tokens import Role
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def join(sequence: Sequence, stream: Stream, cache: Any) -> None:
         [_left(real.long(), width), _left(F.pad(mask.long(), (0, second - mask.shape[1]), value=1), width)]
     )
     stream.mask = None if first == second and bool(mask.all()) else mask
-    stream.cache = None
+    stream.cache, stream.sequence = None, getattr(stream.cache, KEY, None)
     caches.add(cache)
 
 
@@ -88,7 +89,9 @@ def split(sequence: Sequence, stream: Stream, cache: Any) -> None:
         )
     if stream.mask is not None:
         stream.mask = stream.mask[stream.mask.shape[0] // 2 :, stream.shift :]
-    stream.cache, sequence.shift, stream.shift = other, 0, 0
+    if stream.sequence is not None:
+        setattr(other, KEY, stream.sequence)
+    stream.cache, stream.sequence, sequence.shift, stream.shift = other, None, 0, 0
 
 
 def _below(first: Tensor, second: Tensor, width: int) -> Tensor:

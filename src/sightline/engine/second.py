@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sightline.engine import joined
 from sightline.engine.prefix import Prefix, counted, plain_cache
 from sightline.engine.prompts import Prompt, generate
-from sightline.engine.sequences import KEY, Sequence, given_cache, made_cache
+from sightline.engine.sequences import KEY, Sequence, given_cache, made_cache, padding_mask
 from sightline.engine.tokens import Role
 from sightline.errors import InputError
 
@@ -47,10 +47,11 @@ class Stream:
     length: int = 0  # N
     shift: int = 0  # joined: columns before its prompt
     scores: Tensor | None = None  # (B, V) of a joined forward
+    sequence: Sequence | None = field(default=None, repr=False)  # joined: what its cache carried
 
     def __deepcopy__(self, memo: dict) -> Stream:
         found = copy.copy(self)
-        found.cache = copy.deepcopy(self.cache, memo)
+        found.cache, found.sequence = copy.deepcopy((self.cache, self.sequence), memo)
         return found
 
 
@@ -87,10 +88,14 @@ class SecondStreams:
     def close(self) -> None:
         """Every cache holds its own stream only, and does what it always did."""
         for cache in list(joined.caches):
-            sequence = getattr(cache, KEY, None)
-            if sequence is not None and sequence.owner is self.owner:
-                for stream in sequence.seconds.values():
-                    joined.split(sequence, stream, cache)
+            self.part_caches(cache)
+
+    def part_caches(self, cache: Any) -> None:
+        """Take a joined cache apart, so that it counts its own stream's tokens; any other is left alone."""
+        sequence = getattr(cache, KEY, None)
+        if sequence is not None and sequence.owner is self.owner:
+            for stream in sequence.seconds.values():
+                joined.split(sequence, stream, cache)
 
     # -- the scores of the second ------------------------------------------------------------------------------------
 
@@ -118,9 +123,9 @@ class SecondStreams:
     ) -> Tensor | None:
         """(B, V) fp32 scores of the next token in the second stream of a worker; None when it has none."""
         ids = given.get("input_ids")
-        if (
-            sequence.step == 0 and ids is not None and sequence.tokens.shape[1] <= ids.shape[1]
-        ):  # a prompt, from its start
+        if sequence.step == 0 and ids is not None and sequence.tokens.shape[1] <= ids.shape[1]:  # from its start
+            if ids.shape[1] == 1:  # no prompt: the branch without it that `guidance_scale` adds
+                return None
             return self._begin(worker, sequence, given, cache, rows)
         stream = sequence.seconds.get(worker)
         if stream is None:
@@ -142,9 +147,7 @@ class SecondStreams:
     def _begin(self, worker: int, sequence: Sequence, given: Mapping[str, Any], cache: Any, rows: int) -> Tensor | None:
         owner = self.owner
         changed = any(w.stations & (TOWER | {"visual_tokens"}) for w in owner.workers)
-        ids, mask = given["input_ids"], given.get("attention_mask")
-        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        tokens = owner.sequences.ledger(given, ids, mask)
+        tokens = owner.sequences.ledger(given, given["input_ids"], padding_mask(given, 0))
         pixels = None if sequence.pictures is None else sequence.pictures.pixels
         prompt = Prompt(owner.model, given, tokens, pixels, not changed, self._prefix(sequence, given, cache))
         site = owner.site(worker)

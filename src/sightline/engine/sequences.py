@@ -7,11 +7,13 @@ with its own cache. The sequence is kept as an attribute of the cache object, so
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from sightline.engine.cuts import Cuts
 from sightline.engine.entry import Cut, later
@@ -79,10 +81,9 @@ class Sequences:
     def begin(self, given: dict[str, Any]) -> None:
         """A forward of the top model starts: find or make its sequence and bring the ledger up to date."""
         ids, cache = given.get("input_ids"), given_cache(given)
-        mask = given.get("attention_mask")
-        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         known = getattr(cache, KEY, None)
         past = _past(cache, known, ids) - (known.shift if known is not None else 0)
+        mask = padding_mask(given, past)
         if ids is None:
             if past == 0 or known is None:
                 raise AttachError(
@@ -217,6 +218,24 @@ def made_cache(output: Any) -> Any:
     """The cache of a forward's output, under either name."""
     cache = getattr(output, "cache", None)
     return getattr(output, "past_key_values", None) if cache is None else cache
+
+
+def padding_mask(given: Mapping[str, Any], past: int) -> Tensor | None:
+    """(B, past + Q) which columns a forward of Q tokens is told to be no padding; None: nothing is said of it.
+
+    For a static cache `generate` makes whole masks (B, 1, Q, K) beforehand, one for every kind of layer: no query sees
+    padding, and every other token of the block sees at least itself.
+    """
+    mask, ids = given.get("attention_mask"), given.get("input_ids")
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, torch.Tensor) or mask.dim() == 2:
+        return mask
+    if mask.dim() != 4 or ids is None or ids.shape[1] == 1:  # what one generated token sees, is known
+        return None
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min)[:, 0].any(1)  # (B|1, K)
+    seen = seen[:, : past + ids.shape[1]]
+    return F.pad(seen, (past + ids.shape[1] - seen.shape[1], 0), value=True).expand(ids.shape[0], -1)
 
 
 def _past(cache: Any, known: Sequence | None, ids: Tensor | None) -> int:

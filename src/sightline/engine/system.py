@@ -95,6 +95,7 @@ class System:
 
     slug = ""
     everywhere = False  # True: part of the model as it was trained, so it also acts in the extra runs of other systems
+    drafts = False  # True: acts alike where several new tokens are read at once and some taken back (assisted decoding)
 
     def streams(self) -> tuple[str, ...]:
         """Extra runs of a prompt with pictures that the engine makes before the prompt itself, without a cache.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_MODULES = ("amber", "chair", "cost", "flops", "mme", "pareto", "pope", "stats", "vqa")
+_MODULES = ("amber", "chair", "cluster", "cost", "flops", "mme", "pareto", "pope", "stats", "vallu", "vqa")
 _NAMES = {
     "Comparison": "comparing",
     "Decoding": "runner",
@@ -32,3 +32,7 @@ def __getattr__(name: str):
     if name in _NAMES:
         return getattr(import_module(f"sightline.evaluate.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'sightline.evaluate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

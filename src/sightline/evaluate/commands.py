@@ -23,9 +23,10 @@ On = Annotated[
     list[str],
     typer.Option(
         "--on",
-        help="scenes:pope[:random|popular|adversarial], scenes:chair, mme, vqa, colour, count, relation, detail, "
-        "opope, pope-chat[:SPLIT], sycophancy, caption, pointing, video, haven, robust[:choice|main|there] or all (but opope, "
-        "pope-chat, video, haven, robust); or pope:FILE, pope-chat:FILE, chair:FOLDER, mme:PATH, vallu:FILE, robustvqa:FILE. May be repeated.",
+        help="scenes:NAME, with pope (:random, :popular or :adversarial behind it: one split), chair, mme, vqa, colour, count, "
+        "relation, detail, sycophancy, caption, pointing, or all of these; opope, pope-chat, video, haven, robust (:choice, "
+        ":main, :there). From files: pope:FILE, pope-chat:FILE, chair:FOLDER, mme:PATH, vallu:FILE, robustvqa:FILE. May be "
+        "repeated.",
     ),
 ]
 With = Annotated[

@@ -76,6 +76,8 @@ class FoPru(Chooser):
     strategy: Literal["rank", "row"] = param("rank", "rank: the best tokens; row: whole rows of the grid (for text)")
     layer: int | None = param(None, "tower layer (0-based) that is looked at; none: the one that is projected", low=0)
 
+    drafts = True
+
     def __post_init__(self) -> None:
         check_parameters(self)
         if self.strategy not in STRATEGIES:

@@ -134,6 +134,8 @@ class HiRED(Chooser):
     )
     newlines: bool = param(False, "keep the newline tokens of the tiles' rows")
 
+    drafts = True
+
     def __post_init__(self) -> None:
         check_parameters(self)
         if self.region not in REGIONS:

@@ -34,6 +34,8 @@ class Random(Chooser):
     ratio: float = param(0.25, "share of the visual tokens that stays; 1 changes nothing", low=0, high=1)
     seed: int = param(0, "of the draw", low=0)
 
+    drafts = True
+
     def __post_init__(self) -> None:
         check_parameters(self)
 

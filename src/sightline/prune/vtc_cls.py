@@ -89,6 +89,8 @@ class VTCCLS(Chooser):
         "cls", "cls: attention of the class token; mean-received: of all patches, for towers without one"
     )
 
+    drafts = True
+
     def __post_init__(self) -> None:
         check_parameters(self)
         if self.ensemble not in ENSEMBLES:

@@ -128,10 +128,11 @@ def _line(name: str, value: str) -> Any:
 
 
 def _cell(text: str) -> str:
-    """A token's text as it may stand in a table cell: no markup, no line breaks."""
+    """A token's text as it may stand in a table cell: no markup, no line breaks, blanks alone made visible."""
     from rich.markup import escape
 
-    return escape(printable(text).replace("\n", "⏎").replace("\t", "⇥"))
+    shown = printable(text).replace("\n", "⏎").replace("\t", "⇥")
+    return escape(shown if shown.strip(" ") else "␣" * len(shown))
 
 
 def _table(*columns: str) -> Table:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.catalog import Paper, param, system
+from sightline.catalog import Paper, check_parameters, param, system
 from sightline.engine.pictures import columns_of
 from sightline.engine.system import Shape, Site, System
 from sightline.engine.tokens import Role
@@ -133,6 +133,10 @@ class CCA(System):
     trained: bool = param(False, "the weights were trained with it: do not warn")
 
     everywhere = True
+    drafts = True
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
 
     def idle(self) -> bool:
         return not (self.positions_by_ring or self.mask_by_ring)
@@ -197,6 +201,9 @@ class CCA(System):
 
 def _whole(site: Site) -> Block:
     """The block's views; InputError when some of its tokens were dropped since."""
+    here = site.tokens.role[:, site.start :]
+    if site.start and not bool((here == int(Role.IMAGE)).any()):  # a later question about the same pictures
+        return block_of(torch.zeros_like(here, dtype=torch.bool), here != int(Role.PAD), [])
     block: Block = site.state["block"]
     if block.view.shape[1] != site.queries:
         raise InputError(

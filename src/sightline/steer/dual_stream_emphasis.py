@@ -187,8 +187,8 @@ class DualStreamEmphasis(System):
         first = int(site.tokens.position[:, site.start :].min())  # a cut prompt keeps its columns' numbers
         if site.start > 0:
             known = 0 if before is None else before.shape[1]
-            gap = block.new_zeros(len(block), first - known)  # generated in between
-            block = torch.cat([gap, block] if before is None else [before, gap, block], 1)
+            gap = block.new_zeros(len(block), max(0, first - known))  # generated in between
+            block = torch.cat([gap, block] if before is None else [before[:, :first], gap, block], 1)
         site.state["boost"] = block
 
     def _boosts(self, site: Site) -> Tensor:

@@ -44,6 +44,8 @@ class MoHLLM(System):
     shared: float = param(0.5, "share of the heads that are always on, the first ones", low=0, high=1)
     routed: float = param(0.25, "share of the heads that a token picks among the others", low=0, high=1)
 
+    drafts = True
+
     def __post_init__(self) -> None:
         check_parameters(self)
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.catalog import Paper, check_parameters, param, system
@@ -147,6 +148,8 @@ class VAR(System):
     first_layer: int = param(2, "first decoder layer that is edited (0-based)", low=0)
     skip_last_layer: bool = param(True, "leave the last decoder layer alone (the paper; the released code edits it)")
 
+    drafts = True
+
     def __post_init__(self) -> None:
         check_parameters(self)
 
@@ -173,8 +176,8 @@ class VAR(System):
         sinks = sinks & (here != int(Role.PAD)) & (here != int(Role.GENERATED))
         before = site.state.get((site.layer, "sinks"))
         if before is not None and site.start > 0:  # a later chunk of the prompt
-            gap = sinks.new_zeros(sinks.shape[0], site.start - before.shape[1])  # generated in between: never sinks
-            sinks = torch.cat([before, gap, sinks], 1)
+            gap = max(0, site.start - before.shape[1])  # generated in between: never sinks
+            sinks = torch.cat([F.pad(before[:, : site.start], (0, gap)), sinks], 1)
         visual = site.tokens.visual
         site.state[site.layer, "sinks"] = sinks
         site.state[site.layer, "groups"] = group_members(sinks, visual)

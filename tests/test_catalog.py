@@ -168,15 +168,15 @@ def test_values_of_the_wrong_type(value):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"size": 2.5}, "Toy: size=2.5: give a whole number"),
-        ({"size": None}, "size=None: give a whole number"),
-        ({"share": None}, "share=None: give a number"),
-        ({"flag": "no"}, "flag='no': give True or False"),
-        ({"mode": "fsat"}, "mode='fsat': give 'fast' or 'exact'"),
-        ({"dims": [1, 2]}, "dims=[1, 2]: give a tuple, each a whole number or None"),
-        ({"dims": (1, 2.5)}, "dims=(1, 2.5): give a tuple"),
-        ({"label": None}, "label=None: give text"),
-        ({"table": 3}, "table=3: give a list"),
+        ({"size": 2.5}, "Toy: size=2.5: choose a whole number"),
+        ({"size": None}, "size=None: choose a whole number"),
+        ({"share": None}, "share=None: choose a number"),
+        ({"flag": "no"}, "flag='no': choose True or False"),
+        ({"mode": "fsat"}, "mode='fsat': choose fast or exact"),
+        ({"dims": [1, 2]}, "dims=[1, 2]: choose a tuple, each a whole number or None"),
+        ({"dims": (1, 2.5)}, "dims=(1, 2.5): choose a tuple"),
+        ({"label": None}, "label=None: choose text"),
+        ({"table": 3}, "table=3: choose a list"),
     ],
 )
 def test_values_of_another_type(given, said):

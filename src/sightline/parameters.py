@@ -30,7 +30,7 @@ def check_parameters(instance: Any) -> None:
             raise ParameterError(f"{name}={value!r} is out of range; choose {f.name} in [{low:g}, {high:g}]")
         options = _options(hints[f.name])
         if not any(_suits(value, option) for option in options):
-            raise ParameterError(f"{name}={value!r}: give {' or '.join(map(_wanted, options))}")
+            raise ParameterError(f"{name}={value!r}: choose {' or '.join(map(_wanted, options))}")
 
 
 @cache
@@ -77,7 +77,7 @@ def _wanted(option: Any) -> str:
     """What a declared type asks for, in words."""
     origin, members = typing.get_origin(option) or option, typing.get_args(option)
     if origin is typing.Literal:
-        return " or ".join(map(repr, members))
+        return " or ".join(filter(None, [", ".join(members[:-1]), members[-1]]))
     if origin is tuple:
         return f"a tuple, each {_wanted(members[0])}"
     words = {float: "a number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}

@@ -37,8 +37,6 @@ from sightline.errors import ParameterError
 from sightline.prune.parts.budget import per_view
 from sightline.prune.parts.tower import Chooser, noted, see_sums
 
-STRATEGIES = ("rank", "row")
-
 
 def significance(received: Tensor, given: Tensor) -> Tensor:
     """The candidate with the larger unbiased variance over the last axis, row by row: (..., N) each -> (..., N)."""
@@ -80,8 +78,6 @@ class FoPru(Chooser):
 
     def __post_init__(self) -> None:
         check_parameters(self)
-        if self.strategy not in STRATEGIES:
-            raise ParameterError(f"fopru: strategy={self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
 
     def idle(self) -> bool:
         return self.ratio == 1

@@ -41,8 +41,6 @@ from sightline.engine.system import Shape, Site
 from sightline.errors import ParameterError
 from sightline.prune.parts.tower import Chooser, noted, require_cls, see_cls
 
-REGIONS = ("strips", "grid")
-
 
 def tile_budgets(early: Tensor, tiles: tuple[int, int], budget: int, alpha: float, region: str = "strips") -> Tensor:
     """How many tokens every tile may keep.
@@ -138,8 +136,6 @@ class HiRED(Chooser):
 
     def __post_init__(self) -> None:
         check_parameters(self)
-        if self.region not in REGIONS:
-            raise ParameterError(f"hired: region={self.region!r}: choose one of {', '.join(REGIONS)}")
 
     def idle(self) -> bool:
         return self.token_budget_rate == 1

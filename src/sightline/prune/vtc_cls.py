@@ -93,10 +93,6 @@ class VTCCLS(Chooser):
 
     def __post_init__(self) -> None:
         check_parameters(self)
-        if self.ensemble not in ENSEMBLES:
-            raise ParameterError(f"vtc-cls: ensemble={self.ensemble!r}: choose one of {', '.join(ENSEMBLES)}")
-        if self.score not in ("cls", "mean-received"):
-            raise ParameterError(f"vtc-cls: score={self.score!r}: choose cls or mean-received")
 
     def idle(self) -> bool:
         return self.keep is None

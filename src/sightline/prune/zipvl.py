@@ -102,8 +102,6 @@ class ZipVL(System):
 
     def __post_init__(self) -> None:
         check_parameters(self)
-        if self.cache_mode not in ("quantise", "evict", "keep"):
-            raise ParameterError(f"zipvl: cache_mode={self.cache_mode!r}: choose quantise, evict or keep")
         for name in ("bits_high", "bits_low"):
             if getattr(self, name) not in (2, 4, 8, 16):
                 raise ParameterError(f"zipvl: {name}={getattr(self, name)}: choose 2, 4, 8 or 16")

@@ -54,8 +54,11 @@ def test_golden_model(path, tmp_path):
     save_file(gates, tmp_path / "gates.safetensors")
     with sl.attach(model, inject, DyVTE(gates=str(tmp_path / "gates.safetensors"))) as attached:
         found, cache = golden.states(model, inputs)
-    exits = attached.report()["dyvte"]["exits"]
-    assert exits == ({} if case["exit_layer"] < 0 else {str(case["exit_layer"]): 1})
+    exits, last = attached.report()["dyvte"]["exits"], len(cache.layers) - 1
+    assert exits == ({str(case["exit_layer"]): 1} if 0 <= case["exit_layer"] < last else {})  # the last is not asked
+    for layer, (seen, logits) in enumerate(zip(case["gate_inputs"], case["gate_logits"], strict=True)):
+        w1, w2 = (case[f"w.visual_gates_router.{layer}.{name}.weight"] for name in ("w1", "w2"))
+        assert (gate(seen[None], w1, w2)[0] - logits).abs().max() <= 1e-6 * max(10.0, float(logits.abs().max()))
     assert [layer.keys.shape[-2] for layer in cache.layers] == case["kv_len_per_layer"].tolist()
     columns = torch.arange(found.shape[1])
     if case["exit_layer"] >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import transformers as tf
 
 import sightline as sl
 from sightline.errors import HostError, ParameterError
+from sightline.hosts.anyres import anyres, tiles, unpadded
 from sightline.prune import VTCCLS, FlowCut, FoPru, HiRED, Random, flowcut, fopru, hired, vtc_cls
 from tests.engine.numerics import assert_close
 from tests.engine.whole import forward, generate
@@ -107,6 +109,23 @@ def test_towers_without_a_class_token_are_ranked_by_what_patches_get(name, tiny)
 # -- HiRED ------------------------------------------------------------------------------------------------------------------
 
 
+def released_pack(
+    features: torch.Tensor, mask: torch.Tensor, tiles: tuple[int, int], size, newline=None
+) -> torch.Tensor:
+    """The kept features (kept, C) of one picture in the released code's order, which swaps rows and columns of tiles.
+
+    features: (P, N, C). mask: (P, N). tiles: (rows, columns). size: (width, height). newline: (C,), behind every row.
+    """
+    side, (across, down) = math.isqrt(mask.shape[1]), tiles
+    place = torch.arange(down * across * side * side).view(down, across, side, side)
+    place = place.transpose(1, 2).reshape(down * side, across * side)
+    rows, columns = unpadded(tuple(place.shape), size)
+    place = place[rows.start : rows.stop, columns.start : columns.stop]
+    tokens, chosen = features[1:].flatten(0, 1), mask[1:].flatten()
+    ends = [] if newline is None else [newline[None]]
+    return torch.cat([features[0][mask[0]], *(part for row in place for part in (tokens[row[chosen[row]]], *ends))])
+
+
 @pytest.mark.parametrize("path", golden("hired", "case_*"))
 def test_hired_golden(path):
     case = load(path)
@@ -116,25 +135,20 @@ def test_hired_golden(path):
         return
     early, begin, packed = case["first_layer_attn"][:, :, 0, 1:].sum(1), 0, []
     for views, size in zip(case["num_partitions"].tolist(), case["image_sizes_hw"].tolist(), strict=True):
-        from sightline.hosts.anyres import anyres, tiles
-
-        mine = slice(begin, begin + views)
-        cut = tiles((size[1], size[0]), case["grid_pinpoints"].tolist(), 42, 7)
+        mine, size = slice(begin, begin + views), tuple(size[::-1])
+        cut = tiles(size, case["grid_pinpoints"].tolist(), 42, 7)
         mask = hired.token_mask(early[mine], late[mine], case["token_budget_rate"], case["alpha"], cut.shape)
         assert torch.equal(mask, case["mask"][mine])
         assert mask.sum(1).tolist() == case["kept_per_partition"][mine].tolist()
-        layout = anyres((size[1], size[0]), cut, 42, 7)
-        features = torch.stack(
-            [
-                case["features"][mine][c, p[0]]
-                for c, p in zip(layout.crop, layout.patches, strict=True)
-                if c >= 0 and mask[c, p[0]]
-            ]
-        )
-        packed.append(features)
+        features = case["features"][mine]
+        packed.append(released_pack(features, mask, cut.shape, size, case.get("image_newline")))
+        if cut.shape[0] == cut.shape[1] and "image_newline" not in case:  # then hosts have that order, too
+            layout = anyres(size, cut, 42, 7)
+            order = [(c, p[0]) for c, p in zip(layout.crop, layout.patches, strict=True) if c >= 0]
+            assert torch.equal(torch.stack([features[place] for place in order if mask[place]]), packed[-1])
         begin += views
-    if "image_newline" not in case:
-        assert torch.equal(torch.cat(packed), case["packed"])
+    assert [len(one) for one in packed] == case["packed_lens"].tolist()
+    assert torch.equal(torch.cat(packed), case["packed"])
 
 
 def test_hired_laws():

@@ -246,7 +246,7 @@ def test_fopru_follows_the_tower(name, strategy, tiny):
 # -- FlowCut ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", golden("flowcut", "case_score"))
+@pytest.mark.parametrize("path", golden("flowcut", "case_score*"))
 def test_flowcut_scores_golden(path):
     case = load(path)
     found = flowcut.scores(case["cls_attn"], case["semantic_attn"], case["value"])
@@ -281,14 +281,20 @@ def test_flowcut_tower_golden(path):
     """The whole tower: counts per layer, patches kept, and features."""
     case = load(path)
     model = golden_host(case, {k[2:]: v for k, v in case.items() if k.startswith("w.")})
-    rows, features = len(case["pixel_values"]), []
+    rows, features, last = len(case["pixel_values"]), [], []
     model.model.multi_modal_projector.register_forward_pre_hook(lambda m, a: features.append(a[0]))
+    model.model.vision_tower.encoder.layers[-1].register_forward_hook(
+        lambda m, a, output: last.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
     lengths: list[int] = []
     for layer in model.model.vision_tower.encoder.layers:
         layer.register_forward_pre_hook(
             lambda m, a, k: lengths.append((a[0] if a else k["hidden_states"]).shape[1]), with_kwargs=True
         )
     inputs = {"input_ids": torch.tensor([[1] + [5] * 64 + [2]] * rows), "pixel_values": case["pixel_values"]}
+    with torch.no_grad():
+        model(**inputs)
+    assert (features.pop() - case["unpruned_features"]).abs().max() < 1e-4
     lengths.clear()
     with sl.attach(model, FlowCut(case["target"])), torch.no_grad():
         hooks = [
@@ -307,6 +313,7 @@ def test_flowcut_tower_golden(path):
         assert torch.equal(kept, case["keep_indices"].long())
     found = features[0].gather(1, kept[..., None].expand(-1, -1, 32))
     assert (found - case["features"]).abs().max() < 1e-4
+    assert (last[-1] - case["last_hidden_state"]).abs().max() < 1e-4
 
 
 def test_flowcut_laws():

@@ -20,7 +20,8 @@ that the tile covers, as the paper says; published figures rest on that: region=
 (2) Strips are cut evenly where T does not divide N. (3) Without any content (alpha 1) the tiles share evenly, instead of
 0 / 0. (4) Newline tokens are dropped as there; `newlines=True` keeps those of the tiles' rows. (5) Batches and several
 pictures work. (6) Padding that is cut off takes its tokens out of the budget, as there: never more than `total` stay.
-(7) Layers are 0 and the one that is projected (22 of CLIP-L's 24). (8) Equal scores: the lower index stays.
+(7) Layers are 0 and the one that is projected (22 of CLIP-L's 24). (8) Equal scores: the lower index stays. (9) Its fork of the
+host swaps rows and columns of tiles where it packs (and unpads) them; here tokens stand where the host has them.
 
 Cost: two rows of attention per view, O(P N C); no N x N map.
 """

@@ -5,13 +5,14 @@
 
 The random LLaVA of `benchmarks.lvlm` (576 image + 64 text tokens, a tiny tower) is prefilled as it is, with every reducer,
 and, as the ceiling for those before the language model, by the host alone on a prompt of 64 visual tokens. Attaching and
-detaching are inside the measured time. Rounds are interleaved; medians are compared. With one thread on a CPU the processor's
-time is what counts, so that other work on the machine does not; else the time on the wall.
+detaching are inside the measured time. Rounds are interleaved, and figures are medians over the ratios of each round. With one
+thread on a CPU the processor's time is what counts, so that other work on the machine does not; else the time on the wall.
 
-    speed-up      plain seconds / seconds
+    speed-up      plain seconds / seconds, and the middle half of the rounds
     of decoder    speed-up / (plain FLOPs / FLOPs), of the decoder's layers by formula, from the tokens that entered each
     of all        the same with the FLOPs of the whole forward as counted: tower, projector, decoder, and choosing
-    overhead      for those that leave 64 tokens: (seconds - seconds of the short prompt) / plain seconds
+    of ceiling    seconds of the short prompt / seconds, for those that leave 64 tokens: no such reducer can be faster
+    overhead      for the same: (seconds - seconds of the short prompt) / plain seconds
 
 The formula says nothing of `zipvl`, whose layers see all tokens and whose attention is sparse, nor of what `slow-fast` adds.
 
@@ -36,7 +37,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sightline as sl
-from benchmarks.lvlm import GRID, IMAGE, TEXT, make_inputs, make_model, rounds
+from benchmarks.lvlm import GRID, IMAGE, TEXT, chosen, make_inputs, make_model, rounds
 from sightline.evaluate.cost import UNCOUNTED
 from sightline.evaluate.flops import Decoder
 from sightline.evaluate.peak import peak_bytes
@@ -110,33 +111,40 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             model(**short, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
 
     tasks = {"plain": prefill, "short prompt": alone}
-    wanted = args.only.split(",") if args.only else [*BEFORE, *INSIDE]
-    tasks |= {name: lambda system=(BEFORE | INSIDE)[name]: prefill(system) for name in wanted}
+    reducers = BEFORE | INSIDE
+    tasks |= {name: partial(prefill, reducers[name]) for name in chosen(args.only, reducers)}
     macs = {name: counted(model, task) for name, task in tasks.items()}
     peaks = {name: peak_bytes(model, task) / 2**20 for name, task in tasks.items()}
-    seconds = {name: statistics.median(s) for name, s in timed(tasks, args.rounds, args.device).items()}
+    seconds = timed(tasks, args.rounds, args.device)
     found = {}
-    print(f"\nprefill of {GRID**2} + {TEXT} tokens ({args.layers} layers x 1024)")
+    print(f"\nprefill of {GRID**2} + {TEXT} tokens ({args.layers} layers x 1024), {args.rounds} rounds")
     print(
-        f"{'':14s} {'seconds':>8s} {'speed-up':>9s} {'of decoder':>12s} {'of all':>12s} {'overhead':>9s} {'peak MB':>8s}"
+        f"{'':14s} {'seconds':>8s} {'speed-up':>18s} {'of decoder':>12s} {'of all':>12s} {'peak MB':>8s} "
+        f"{'of ceiling':>11s} {'overhead':>9s}"
     )
     for name in tasks:
-        speed = seconds["plain"] / seconds[name]
+        ratios = [plain / mine for plain, mine in zip(seconds["plain"], seconds[name], strict=True)]
+        low, speed, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         ratio_decoder, ratio_all = (plain / mine for plain, mine in zip(macs["plain"], macs[name], strict=True))
         row = found[name] = {
-            "seconds": seconds[name],
+            "seconds": statistics.median(seconds[name]),
             "speed_up": speed,
+            "speed_up_quartiles": [low, high],
             "decoder_ratio": ratio_decoder,
             "of_decoder": speed / ratio_decoder,
             "all_ratio": ratio_all,
             "of_all": speed / ratio_all,
             "peak_mb": peaks[name],
         }
-        if name in BEFORE:
-            row["overhead"] = (seconds[name] - seconds["short prompt"]) / seconds["plain"]
         shares = " ".join(f"{row[k + '_ratio']:5.2f} {100 * row['of_' + k]:4.0f} %" for k in ("decoder", "all"))
-        own = f"{100 * row['overhead']:7.1f} %" if "overhead" in row else ""
-        print(f"{name:14s} {row['seconds']:8.3f} {speed:9.2f} {shares} {own:>9s} {row['peak_mb']:8.0f}")
+        own = ""
+        if name in BEFORE:
+            rounds_of = list(zip(*(seconds[k] for k in (name, "short prompt", "plain")), strict=True))
+            row["of_ceiling"] = statistics.median(short / mine for mine, short, _ in rounds_of)
+            row["overhead"] = statistics.median((mine - short) / plain for mine, short, plain in rounds_of)
+            own = f"{100 * row['of_ceiling']:9.0f} % {100 * row['overhead']:7.1f} %"
+        spread = f"{speed:.2f} [{low:.2f}, {high:.2f}]"
+        print(f"{name:14s} {row['seconds']:8.3f} {spread:>18s} {shares} {row['peak_mb']:8.0f} {own}", flush=True)
     return found
 
 

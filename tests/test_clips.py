@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from sightline import hosts, scenes
 from sightline.clips import Clip, is_clip, open_clip
 from sightline.errors import InputError, ParameterError
 from sightline.lvlm import LVLM
+from sightline.report.figures import _unseen
 from tests.tiny_hosts import TINY, picture
 
 FRAMES = [picture(48, 40, k) for k in range(5)]
@@ -110,9 +113,12 @@ def test_look_at_a_video_with_fewer_tokens(tmp_path) -> None:
     quota = sl.prune.QuoTA(enhance_tokens=3, enhance_total=3)
     seen = sl.look(Clip(film.frames, tuple(range(6))), "What moves?", model=lvlm_of("qwen2_5_vl"), systems=[quota],
                    max_new_tokens=2)  # fmt: skip
+    assert seen.runs[1].label == "quota:enhance_tokens=3,enhance_total=3"  # as asked for, without what it found out
+    assert len(seen.runs[1].notes["quota"]["probabilities"]) == 6
     assert seen.runs[1].rows.shape[-1] == len(seen.layout)
     (stage,) = seen.runs[1].stages
     assert 0 < stage.kept.sum() <= 9
+    assert np.array_equal(_unseen(seen, stage.kept), np.flatnonzero(~stage.kept))  # in the first frame, too
     seen.save(tmp_path / "out")
 
 
@@ -124,3 +130,16 @@ def test_command(tmp_path, monkeypatch, capsys) -> None:
     assert cli.main(["look", "film.gif", "What moves?", "--max-new-tokens", "2"]) == 0
     assert (tmp_path / "look-film" / "report.html").is_file()
     assert Image.open(tmp_path / "film.gif").n_frames == 5
+
+
+def test_frames_of_the_command(tmp_path, monkeypatch, capsys) -> None:
+    """--frames chooses among a video's frames; what is no video, or no number of frames, is refused."""
+    from sightline import cli
+
+    save_gif(tmp_path / "film.gif")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["look", "film.gif", "What moves?", "--frames", "2", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["image"]["visual_tokens"] == 2 * 196
+    for source, frames, said in (("film.gif#2", "2", "is one picture"), ("film.gif", "0", "from 1 up")):
+        assert cli.main(["look", source, "What moves?", "--frames", frames]) == 2
+        assert said in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import sightline as sl
 from sightline.engine.system import System
 from sightline.errors import InputError, ModelError, ParameterError
 from sightline.hosts import find
@@ -202,6 +203,21 @@ def test_the_context_is_not_exceeded(lvlm, monkeypatch):
         model.ask(picture(), QUESTION, max_new_tokens=5)
     with pytest.raises(InputError, match="holds"):
         model.inputs([[picture(), picture()]], QUESTION)
+
+
+def test_what_a_reducer_leaves_has_to_fit_the_context(lvlm, monkeypatch):
+    """More visual tokens than the model holds, of which few enough are left, or too many."""
+    model = lvlm()
+    count = sum(int((model.inputs(picture(), QUESTION)["input_ids"] == i).sum()) for i in model.visual_ids)
+    length = model.inputs([[picture()] * 4], QUESTION)["input_ids"].shape[1]
+    left = length - 4 * (count - 4)
+    monkeypatch.setattr(model.model.config.text_config, "max_position_embeddings", left + 2)
+    reducer = sl.prune.VTCCLS(keep=4, score="mean-received")
+    assert isinstance(model.ask([[picture()] * 4], [QUESTION], systems=[reducer], max_new_tokens=2)[0], str)
+    with pytest.raises(InputError, match=f"leaves {left} tokens of the prompt, but the model holds {left - 1} besides"):
+        model.ask([[picture()] * 4], [QUESTION], systems=[reducer], max_new_tokens=3)
+    with pytest.raises(InputError, match="shorten the question"):
+        model.ask([[picture()] * 4], [QUESTION], systems=[sl.steer.VAR()], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,19 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from sightline import __version__
 from sightline.console import make_console, print_json, say, status
-from sightline.errors import ParameterError, SightlineError, check_range
+from sightline.errors import InputError, ParameterError, SightlineError, check_range
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sightline.clips import Clip
 
 # Commands with sub-commands of their own: name -> (module with `app`, what --help says).
 LAZY = {
@@ -107,6 +112,9 @@ def look(
         typer.Option("--out", "-o", help="Folder for report.html and figures; by default look-NAME."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into --out even when it holds other files.")] = False,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of a video to look at, evenly spaced; by default at most 32.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; by default the best.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
@@ -116,8 +124,6 @@ def look(
     json: Json = False,
 ) -> None:
     """Ask a model about a picture: the answer without and with systems, where it looked, and a report."""
-    from sightline.clips import is_clip, open_clip
-    from sightline.images import open_image
     from sightline.lvlm import check_max_new_tokens, check_question
     from sightline.outfolder import fresh_folder
 
@@ -128,7 +134,7 @@ def look(
     name = "example" if image is None else Path(image).stem
     if image is None:
         image, question, systems = _example(systems)
-    picture = open_clip(image) if is_clip(image) else open_image(image)
+    picture = _open(image, frames)
     out = Path(f"look-{name}") if out is None else out.expanduser()
     placement = {"device_map": device_map, "quantization": quantization}
     options = {key: value for key, value in placement.items() if value is not None}
@@ -149,6 +155,18 @@ def look(
     console = make_console()
     seen.show(console)
     say(console, f"\nreport: {files['report']}")
+
+
+def _open(image: str | Path, frames: int | None) -> Image | Clip:
+    """A picture, or the clip with as many frames as asked for."""
+    from sightline.clips import MAX_FRAMES, is_clip, open_clip
+    from sightline.images import open_image
+
+    if is_clip(image):
+        return open_clip(image, MAX_FRAMES if frames is None else frames)
+    if frames is not None:
+        raise InputError(f"--frames {frames}: {str(image)!r} is one picture, no video: leave --frames out")
+    return open_image(image)
 
 
 @app.command("list")

@@ -193,8 +193,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     rgb = image.convert("RGB")
-    software = image.info.get("Software")
-    rgb.info = {"Software": software} if software == SOFTWARE else {}
+    ours = image.info.get("Software") == SOFTWARE or image.info.get("comment") == SOFTWARE.encode()  # PNG, GIF
+    rgb.info = {"Software": SOFTWARE} if ours else {}
     return rgb
 
 

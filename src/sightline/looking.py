@@ -130,6 +130,7 @@ def look(
     Raises:
         InputError, ModelError, ParameterError: before any work is done.
     """
+    from sightline.catalog import to_spec
     from sightline.clips import is_clip, open_clip
     from sightline.engine.checks import check_systems
     from sightline.engine.passes import planned
@@ -162,9 +163,11 @@ def look(
     runs = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for chosen in [(), planned(systems, lvlm, frames, question)] if systems else [()]:
+        for wanted in [(), systems] if systems else [()]:
+            chosen = planned(wanted, lvlm, frames, question)
             torch.manual_seed(seed)
-            runs.append(_run(lvlm, inputs, chosen, max_new_tokens, record(image_rows=True, **sinks)))
+            recorder = record(image_rows=True, **sinks)
+            runs.append(_run(lvlm, inputs, chosen, max_new_tokens, recorder, label=to_spec(wanted)))
     return Look(picture, question, lvlm.name, layout, tuple(runs), _settings(lvlm, systems, max_new_tokens, seed),
                 _warnings(lvlm, picture, runs, caught))  # fmt: skip
 
@@ -176,8 +179,9 @@ def example() -> tuple[Path, str]:
     return folder / card["image"], card["question"]
 
 
-def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: int, recorder: Recorder) -> Run:
-    from sightline.catalog import to_spec
+def _run(
+    lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: int, recorder: Recorder, label: str
+) -> Run:
     from sightline.engine.attach import attach
     from sightline.engine.record import GROUPS
 
@@ -210,7 +214,7 @@ def _run(lvlm: LVLM, inputs: Any, systems: tuple[System, ...], max_new_tokens: i
     visual = _spread(phi[:, columns].numpy(), left, len(places))
     outside = (phi > tau) & ~seen.tokens.visual[0].cpu()
     return Run(
-        label=to_spec(systems),
+        label=label,
         answer="".join(pieces).strip(),
         pieces=tuple(pieces),
         words=_words(pieces),

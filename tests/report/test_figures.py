@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sightline.looking import Stage
 from sightline.report import figures
 
 from .synthetic import crops_layout, make_look
@@ -67,3 +69,15 @@ def test_group_colours_differ_and_agree_with_the_page():
     colours = figures.group_colours(("start", "before", "image", "visual sink", "after", "generated"))
     assert len(set(colours)) == 6
     assert colours[2:4] == ["#e69f00", "#d55e00"]
+
+
+@pytest.mark.parametrize("name", ["kept", "words", "sinks"])
+def test_titles_lie_within_the_figure(name, look):
+    kept = np.arange(len(look.layout)) % 4 == 0
+    run = replace(look.runs[0], label="vtc-cls:keep=49,score=mean-received", words=look.runs[0].words[:1],
+                  stages=(Stage("before the language model", kept),))  # fmt: skip
+    figure = getattr(figures, name)(look, run)
+    figure.draw_without_rendering()
+    (x0, y0), (x1, y1) = figure._suptitle.get_window_extent().get_points()
+    assert 0 <= x0 < x1 <= figure.bbox.width
+    assert 0 <= y0 < y1 <= figure.bbox.height

@@ -207,5 +207,8 @@ def test_a_picture_says_that_it_comes_from_the_generated_world(tmp_path: Path) -
     export.coco([scene], tmp_path)
     (path,) = tmp_path.rglob("*.png")
     assert open_image(path).info == {"Software": SOFTWARE}
+    (tmp_path / "film.gif").write_bytes(export.gif(scenes.film(3, frames=3, size=56)))
+    for frame in (1, 3):
+        assert open_image(tmp_path / "film.gif", frame=frame).info == {"Software": SOFTWARE}
     scene.image.convert("L").convert("RGB").save(tmp_path / "photo.png")
     assert open_image(tmp_path / "photo.png").info == {}

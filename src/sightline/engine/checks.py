@@ -135,6 +135,15 @@ def check_free(model: nn.Module) -> None:
         raise AttachError("a part of this model already carries systems: detach them from that part first")
 
 
+def postponed(model: nn.Module, room: int) -> bool:
+    """Whether systems on the model may shorten a prompt before the decoder: there what is left is held against `room`."""
+    attached = model.__dict__.get(MARK)
+    if attached is None or not any("visual_tokens" in worker.stations for worker in attached.workers):
+        return False
+    attached.front.room = room
+    return True
+
+
 def check_host(host: Any) -> None:
     """Raise ParameterError unless `host` is a description of a host, or None."""
     if host is not None and not isinstance(host, Host | ViTHost):

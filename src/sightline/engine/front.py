@@ -41,6 +41,7 @@ class Front:
         self.owner = owner
         self.running: Pictures | None = None  # the encoding under way
         self.waiting: Pictures | None = None  # encoded by `generate`, whose prompt has not begun yet
+        self.room: int | None = None  # tokens that the next prompt may have behind the cut, when it is too long before
         self._known: dict[tuple, Places] = {}  # the geometry of encodings, by what it depends on
 
     def enter(self, used: set[str], undo: ExitStack) -> None:
@@ -188,6 +189,14 @@ class Front:
     # -- the decoder ----------------------------------------------------------------------------------------------
 
     def _decoder_begins(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        found = self._before_decoder(kwargs)
+        room, self.room = self.room, None
+        if room is not None:
+            self._check_room(room, (kwargs if found is None else found).get("position_ids"))
+        return None if found is None else (args, found)
+
+    def _before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The decoder's arguments when a system changed its embeddings, or dropped some."""
         sequence, embeddings = self.owner.sequences.current, kwargs.get("inputs_embeds")
         if sequence is None or embeddings is None:
             return None
@@ -203,7 +212,18 @@ class Front:
         for found in self.owner.each("visual_tokens", "text", -1, lambda: now[0]["inputs_embeds"]):
             cut = isinstance(found, Keep)
             now[0] = self._shortened(sequence, now[0], found) if cut else {**now[0], "inputs_embeds": found}
-        return None if now[0] is kwargs else (args, now[0])
+        return None if now[0] is kwargs else now[0]
+
+    def _check_room(self, room: int, positions: Tensor | None) -> None:
+        """InputError when a prompt is longer than the model's context behind the cut, too."""
+        sequence = self.owner.sequences.current
+        length = max(0 if sequence is None else sequence.queries, 0 if positions is None else int(positions.max()) + 1)
+        if length > room:
+            names = "+".join(system.slug or type(system).__name__ for system in self.owner.systems)
+            raise InputError(
+                f"{names} leaves {length} tokens of the prompt, but the model holds {room} besides the new ones: keep fewer "
+                "visual tokens, give fewer frames or pictures, or ask for fewer new tokens"
+            )
 
     def _shortened(self, sequence: Sequence, given: dict[str, Any], keep: Keep) -> dict[str, Any]:
         config = self.owner.model.config.get_text_config()

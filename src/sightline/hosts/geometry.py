@@ -35,6 +35,7 @@ class Layout:
     tiles: tuple[int, int] | None = (
         None  # (rows, columns) of the tiles, where each is a crop of its own behind the base
     )
+    bases: tuple[int, ...] = ()  # on a page of several pictures: the crop of each that shows the whole of it
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -127,9 +128,10 @@ class Layout:
 
     def _chosen(self, crops: str) -> list[int]:
         present = [int(c) for c in np.unique(self.crop) if c >= 0]
-        detail = [c for c in present if c != self.base]
+        whole = self.bases or (self.base,)
+        detail = [c for c in present if c not in whole]
         if crops == "base" or (crops == "detail" and not detail):
-            return [c for c in present if c == self.base] or present
+            return [c for c in present if c in whole] or present
         return detail if crops == "detail" else present
 
     def _render(self, crop: int, values: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:

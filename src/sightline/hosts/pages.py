@@ -49,11 +49,12 @@ def page(lvlm: LVLM, inputs: Any, clip: Clip) -> tuple[Image, Layout]:
 def side_by_side(layouts: Sequence[Layout], size: tuple[int, int], columns: int, gap: int = GAP) -> Layout:
     """One layout for pictures of `size` that lie row by row on a page, `columns` to a row, `gap` pixels apart."""
     width, height = size[0] + gap, size[1] + gap
-    boxes, crops, begin = [], [], 0
+    boxes, crops, bases, begin = [], [], [], 0
     for k, layout in enumerate(layouts):
         x, y = gap + k % columns * width, gap + k // columns * height
         boxes.append(layout.visible_boxes() + np.array([x, y, x, y], np.float32))
         crops.append(np.where(layout.crop < 0, -1, layout.crop + begin))
+        bases.append(layout.base + begin)
         begin += len(layout.grids)
     return Layout(
         size=(columns * width + gap, -(-len(layouts) // columns) * height + gap),
@@ -64,4 +65,5 @@ def side_by_side(layouts: Sequence[Layout], size: tuple[int, int], columns: int,
         patches=tuple(token for layout in layouts for token in layout.patches),
         patch_grids=tuple(grid for layout in layouts for grid in layout.patch_grids),
         base=layouts[0].base,
+        bases=tuple(bases),
     )

@@ -296,4 +296,6 @@ class QuoTA(System):
         return shares(weigh(chances, self.weight_scale), self.budget, size, self.enhance_version)
 
     def report(self, tally: dict[Any, Any], setup: Any) -> dict[str, Any]:
-        return dict(tally)  # of the last question, without separators
+        """Of the last question: how likely every frame shows what is asked about, and how many tokens it kept."""
+        asked = {} if self.probabilities is None else {"probabilities": list(self.probabilities)}
+        return asked | dict(tally)  # tokens without separators

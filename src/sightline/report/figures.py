@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +60,7 @@ def words(look: Look, run: Run, sinks: bool = False, most: int = SHEET) -> Figur
     axes.imshow(sheet, aspect="equal")
     axes.set_axis_off()
     more = f" (first {len(shown)} of {len(run.words)} words)" if len(shown) < len(run.words) else ""
-    figure.suptitle(f"{_plain(title(run.label), 60)}{more}" + ("" if shown else ": empty answer"), fontsize=11)
+    _headline(figure, f"{_plain(title(run.label), 60)}{more}" + ("" if shown else ": empty answer"))
     return figure
 
 
@@ -81,7 +82,7 @@ def sinks(look: Look, run: Run, layers: Sequence[int] | None = None) -> Figure:
         axes.set_title(f"layer {layer}: {len(run.sinks[layer])} sinks", fontsize=9)
     top.colorbar(drawn, ax=list(maps), shrink=0.85, label="φ")
     _phi_lines(bottom.subplots(), run)
-    figure.suptitle(f"Sink value of the visual tokens · {_plain(title(run.label), 60)}", fontsize=11)
+    _headline(figure, f"Sink value of the visual tokens · {_plain(title(run.label), 60)}")
     return figure
 
 
@@ -144,14 +145,14 @@ def kept(look: Look, run: Run) -> Figure:
     for axes in figure.axes:
         axes.set_axis_off()
     said = "" if run.stages else ": nothing was dropped"
-    figure.suptitle(f"Visual tokens that are left · {_plain(title(run.label), 60)}{said}", fontsize=11)
+    _headline(figure, f"Visual tokens that are left · {_plain(title(run.label), 60)}{said}")
     return figure
 
 
 def _unseen(look: Look, kept: np.ndarray) -> np.ndarray:
     """(n,) dropped tokens that are dark: of pictures seen in tiles, those of the tiles; the base where there are none."""
     layout = look.layout
-    detail = (layout.crop >= 0) & (layout.crop != layout.base)
+    detail = (layout.crop >= 0) & ~np.isin(layout.crop, layout.bases or (layout.base,))
     shown = detail if detail.any() else layout.crop >= 0
     return np.flatnonzero(shown & ~kept & np.isfinite(layout.boxes).all(1))
 
@@ -248,6 +249,13 @@ def _whole_numbers(axes: Axes, y: bool = True) -> None:
 
     for axis in (axes.xaxis, axes.yaxis) if y else (axes.xaxis,):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+
+
+def _headline(figure: Figure, text: str) -> None:
+    """A title above all axes; what is wider than the figure goes on in further lines, for which the figure grows."""
+    lines = wrap(text, max(20, int(11 * figure.get_figwidth())))  # characters of 11 points to an inch
+    figure.set_figheight(figure.get_figheight() + 0.2 * (len(lines) - 1))
+    figure.suptitle("\n".join(lines), fontsize=11)
 
 
 def _plain(text: str, longest: int) -> str:

@@ -16,6 +16,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
+from sightline.images import SOFTWARE
 from sightline.scenes.asking import questions
 from sightline.scenes.asking_films import film_questions
 from sightline.scenes.captions import PROMPTS, caption
@@ -214,8 +215,9 @@ def gif(film: Film, seconds: float = 4.0) -> bytes:
     pages = [frame.quantize(palette=palette, dither=0) for frame in film.frames]
     buffer = BytesIO()
     pages[0].save(
-        buffer, "GIF", save_all=True, append_images=pages[1:], duration=round(1000 * seconds / len(film)), loop=0
-    )
+        buffer, "GIF", save_all=True, append_images=pages[1:], duration=round(1000 * seconds / len(film)), loop=0,
+        comment=SOFTWARE.encode(),
+    )  # fmt: skip
     return buffer.getvalue()
 
 

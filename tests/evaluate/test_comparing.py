@@ -341,3 +341,18 @@ def test_refusals(lvlm, relation, console, tmp_path, var):
     with pytest.raises(ParameterError, match="temperature=-1"):
         Decoding(temperature=-1)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "combinations", "said"),
+    [
+        ("scenes:pope", [], "evaluate.find"),
+        (["scenes:pope"], [], "evaluate.find"),
+        (None, ["var"], "give lists of systems"),
+        (None, [entry("var").cls()], "give lists of systems"),
+    ],
+)
+def test_what_people_try_first(lvlm, relation, console, tmp_path, tasks, combinations, said):
+    with pytest.raises(ParameterError, match=said):
+        comparing.compare(lvlm, [relation] if tasks is None else tasks, combinations, tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()

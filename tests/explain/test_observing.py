@@ -63,6 +63,8 @@ def test_unlike_numbers_of_pictures_and_questions_are_refused():
     asked = batch()
     with pytest.raises(InputError, match="3 pictures and 2 questions"):
         explain.observe(lvlm(), asked.images, asked.questions[:2])
+    with pytest.raises(InputError, match="come as lists here"):
+        explain.sink_map(lvlm(), "kitchen.png", "Is there a dog?")
     with pytest.raises(InputError, match="0 pictures"):
         explain.observe(lvlm(), [], [])
     with pytest.raises(ParameterError, match="tau=6 can never be exceeded"):

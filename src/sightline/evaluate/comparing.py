@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sightline.errors import InputError
+from sightline.errors import InputError, ParameterError
 from sightline.evaluate import results, tables
 from sightline.evaluate.folder import RunFolder, write_file
 from sightline.evaluate.results import Row
 from sightline.evaluate.runner import BASELINE, Decoding, Work, configuration, run, with_baseline
+from sightline.evaluate.task import Task
 from sightline.evaluate.workers import Here, Workers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sightline.engine.system import System
-    from sightline.evaluate.task import Task
     from sightline.lvlm import LVLM
 
 COST_FILE = "cost.json"
@@ -71,9 +71,12 @@ def compare(
         console: where progress is shown; stderr by default.
 
     Raises:
+        ParameterError: `tasks` or `combinations` are not what they should be.
         InputError: `out` is in use or holds something else, a picture is damaged, the disk is full: nothing is lost.
     """
     decoding, console = decoding or Decoding(), console or Console(stderr=True)
+    if isinstance(tasks, str) or not all(isinstance(task, Task) for task in tasks):
+        raise ParameterError("tasks must be a list of tasks: evaluate.find('scenes:pope', n=100) makes one")
     names = [task.name for task in tasks]
     if not names:
         raise InputError("no task to ask: name one, for example evaluate.find('scenes:pope')")

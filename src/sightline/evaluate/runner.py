@@ -78,12 +78,19 @@ def with_baseline(combinations: Sequence[Sequence[System]]) -> Rows:
     """Label -> systems, "none" always first, each combination once.
 
     Raises:
+        ParameterError: a combination is no list of systems.
         AttachError: two systems of a combination cannot run together.
     """
+    from sightline.engine.system import System
     from sightline.errors import AttachError
 
     rows: Rows = {BASELINE: ()}
     for systems in combinations:
+        if not isinstance(systems, list | tuple) or not all(isinstance(system, System) for system in systems):
+            raise ParameterError(
+                f"combination {systems!r}: give lists of systems, for example [[sl.steer.VAR()]], or what "
+                "sl.catalog.parse('var') makes"
+            )
         for i, first in enumerate(systems):
             for second in systems[i + 1 :]:
                 why = first.conflicts(second) or second.conflicts(first)

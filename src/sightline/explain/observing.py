@@ -135,6 +135,8 @@ def observe(
 
 def prompts(lvlm: LVLM, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
     """Model inputs of a batch. Raises InputError unless there is one picture per question, and at least one."""
+    if isinstance(images, str) or isinstance(questions, str) or not isinstance(images, Sequence):
+        raise InputError("pictures and questions come as lists here: [picture], ['Is there a dog?']")
     if not images or len(images) != len(questions):
         raise InputError(f"{len(images)} pictures and {len(questions)} questions: give one picture per question")
     return lvlm.inputs(list(images), list(questions))

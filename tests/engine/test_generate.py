@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import sightline as sl
+from sightline.engine.sequences import made_cache
 from sightline.engine.tokens import Role
 from sightline.errors import AttachError
 from tests.engine.numerics import assert_close
@@ -420,3 +421,16 @@ def test_extended_inputs_are_the_prompts(tiny):
     inputs = one(tiny("gemma3"))
     more = extended(inputs, F.pad(inputs["input_ids"], (0, 3), value=5))
     assert more["input_ids"].shape == more["attention_mask"].shape == more["token_type_ids"].shape
+
+
+def test_the_old_name_of_a_cache_is_left_alone():
+    """transformers warns of it, also where a forward made no cache."""
+
+    class Output:
+        cache = None
+
+        @property
+        def past_key_values(self):
+            raise AssertionError("asked for the deprecated name")
+
+    assert made_cache(Output()) is None

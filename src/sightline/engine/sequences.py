@@ -216,8 +216,7 @@ def given_cache(given: dict[str, Any]) -> Any:
 
 def made_cache(output: Any) -> Any:
     """The cache of a forward's output, under either name."""
-    cache = getattr(output, "cache", None)
-    return getattr(output, "past_key_values", None) if cache is None else cache
+    return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)  # the old name warns
 
 
 def padding_mask(given: Mapping[str, Any], past: int) -> Tensor | None:

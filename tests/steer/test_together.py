@@ -23,7 +23,7 @@ def batch(host):
     return host.inputs(QUESTIONS, [[p] for p in PICTURES])
 
 
-@pytest.mark.parametrize("pair", combinations(STEERING, 2), ids="+".join)
+@pytest.mark.parametrize("pair", list(combinations(STEERING, 2)), ids="+".join)
 def test_pairs_run_and_both_act(pair, tiny):
     host = tiny("llava")
     systems = [CASES[slug].active for slug in pair]

@@ -12,9 +12,11 @@ l at the last position, a_li(c) (D_head,), before the output projection, with an
     S_l      = { i : VHD_li > median_l }                                  the more vision-aware half; ties are out
     a_li     = alpha a_li      for i in S_l, then the output projection as ever
 
-Where: layers 1 and the last 14 of 32 (0-based; in proportion elsewhere), the prompt's last position and every generated
-one; the paper takes the last 18 for InstructBLIP. S_l is found once, at the prompt's last position, layer after layer: the
-layers before are already reinforced, here on the side with the picture only (the paper does not say), as std divides by H - 1. T-VHD, the sum over heads at every generated token, is in `sightline.explain.divergence`.
+Where: layers 1 and the last 14 of 32 (0-based; in proportion elsewhere; the paper takes the last 18 for InstructBLIP), the
+prompt's last position and every generated one. S_l is found once, at the prompt's last position, layer after layer. The
+paper does not say whether the layers before are reinforced by then: here they are, on the side with the picture only; nor
+which standard deviation it takes: here squares are divided by H - 1. T-VHD, the sum over heads at every generated token, is
+in `sightline.explain.divergence`.
 
 Without a picture nothing is selected. Grouped-query attention: heads are query heads. Each row of a batch has its own.
 

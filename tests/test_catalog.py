@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -265,3 +267,15 @@ def test_public_names_are_found_and_completed(package):
     for name in getattr(module, "__all__", ()):
         assert name in dir(module)
         assert getattr(module, name) is not None
+
+
+@pytest.mark.parametrize("package", ["sightline", "sightline.explain", "sightline.evaluate"])
+def test_type_checkers_see_the_names_that_load_when_used(package):
+    """The imports that only type checkers and editors read are those that are loaded at run time, from the same modules."""
+    module = import_module(package)
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert set(seen) == set(module.__all__)
+    for name, origin in seen.items():
+        assert getattr(import_module(origin), name) is getattr(module, name)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import sightline as sl
 from sightline.errors import InputError, ParameterError, UnknownNameError
 from sightline.learn.commands import app
-from sightline.learn.film_tuning import Settings, run
+from sightline.learn.film_tuning import Settings, _same_settings, run
 from sightline.loading import load
 
 SMALL = {"steps": 4, "batch": 2, "frames": 3, "size": 56}
@@ -117,5 +117,7 @@ def test_what_is_refused(toy_folder, tmp_path) -> None:
         with pytest.raises(ParameterError, match=words):
             run(settings("slow-fast", toy_folder, **wrong), tmp_path, device=CPU)
     (tmp_path / "settings.json").write_text(json.dumps({"training": "srft", "steps": 9}))
+    _same_settings(tmp_path, settings("srft", toy_folder))  # it never came to a checkpoint: anyone may begin
+    (tmp_path / "srft.safetensors").touch()
     with pytest.raises(InputError, match="steps=9, not 4"):
         run(settings("srft", toy_folder), tmp_path, device=CPU)

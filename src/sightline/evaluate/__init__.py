@@ -11,6 +11,14 @@ Intervals and paired tests: `stats`. Everything loads when first used.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sightline.evaluate import amber, chair, cluster, cost, flops, mme, pareto, pope, stats, vallu, vqa
+    from sightline.evaluate.comparing import Comparison, compare, tune
+    from sightline.evaluate.finding import find
+    from sightline.evaluate.runner import Decoding
+    from sightline.evaluate.task import Item, Task
 
 _MODULES = ("amber", "chair", "cluster", "cost", "flops", "mme", "pareto", "pope", "stats", "vallu", "vqa")
 _NAMES = {

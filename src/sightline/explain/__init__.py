@@ -10,6 +10,31 @@ Each function takes a loaded model (`sightline.load`), pictures and questions. `
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sightline.explain.ablation import Redirect, ablations, variants
+    from sightline.explain.causes import (
+        Cause,
+        Corpus,
+        Phrase,
+        caption_causes,
+        file_corpus,
+        hallucination_causes,
+        world_corpus,
+        wrong_phrases,
+    )
+    from sightline.explain.concentric import InformationFlow, Reversed, SpatialProbe, information_flow, spatial_probe
+    from sightline.explain.divergence import HeadDivergence, token_divergence, vision_heads
+    from sightline.explain.heads import image_heads
+    from sightline.explain.maps import background, object_share, text_to_image
+    from sightline.explain.masking import MaskTokens, mask_sinks
+    from sightline.explain.observing import observe
+    from sightline.explain.questions import Item, held_out
+    from sightline.explain.ranks import base_ranks, token_ranks
+    from sightline.explain.sinks import find_sink_dims, sink_map
+    from sightline.explain.study import study_var
+    from sightline.explain.weighing import contribution
 
 _NAMES = {
     "ablations": "ablation",

@@ -179,9 +179,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[nn.
 
 
 def check_folder(settings: Settings, out: Path) -> None:
-    """Write what the run is, or raise InputError when the folder holds another one."""
+    """Write what the run is, or raise InputError when the folder holds a checkpoint of another one."""
     path, wanted = out / "settings.json", asdict(settings)
-    if path.exists():
+    if path.exists() and any(out.glob("*.safetensors")):
         before = json.loads(path.read_text())
         changed = [k for k in wanted if before.get(k) != wanted[k]]
         if changed:

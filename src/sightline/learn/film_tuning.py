@@ -152,8 +152,9 @@ def _rows(batch: Batch) -> Iterator[tuple[Clip, str, str, str]]:
 
 
 def _same_settings(out: Path, settings: Settings) -> None:
+    """InputError when `out` holds a checkpoint of other settings; a run that never reached one binds nobody."""
     path = out / "settings.json"
-    if not path.exists():
+    if not path.exists() or not any(out.glob("*.safetensors")):
         return
     begun, wanted = json.loads(path.read_text(encoding="utf-8")), asdict(settings)
     other = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in wanted.items() if begun.get(k) != v]

@@ -161,11 +161,11 @@ def test_generate_with_a_static_cache_that_compiles_itself(station, tiny):
         return toy(hidden=lambda site, x: x + 0.3 if site.layer == 1 else None)
 
     plain = generate(model, one(host), 4, cache_implementation="static")
-    with sl.attach(model, system(), nothing()):
+    with sl.attach(model, system(), nothing(without="cache")):
         wanted = generate(model, one(host), 4, cache_implementation="static")
     assert torch.equal(generate(model, one(host), 4, **options)[1], plain[1])
     assert hasattr(model, "_compiled_call"), "nothing was compiled"
-    with sl.attach(model, system(), nothing()):
+    with sl.attach(model, system(), nothing(without="cache")):
         found = generate(model, one(host), 4, **options)
     assert torch.equal(found[1], wanted[1])
     assert not torch.equal(found[0], plain[0])

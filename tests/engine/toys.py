@@ -25,9 +25,9 @@ def toy(prepare: Callable | None = None, name: str = "", **stations: Callable) -
     return type("Toy", (System,), {"slug": name, "drafts": True, **members})()
 
 
-def nothing() -> System:
-    """Has all stations and asks for nothing."""
-    return toy(**dict.fromkeys(STATIONS, lambda *args: None))
+def nothing(without: str = "") -> System:
+    """Has all stations, or all but one, and asks for nothing."""
+    return toy(**dict.fromkeys((name for name in STATIONS if name != without), lambda *args: None))
 
 
 def watcher(events: list[dict[str, Any]], stations: tuple[str, ...] = STATIONS) -> System:

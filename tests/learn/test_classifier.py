@@ -206,6 +206,15 @@ def test_bad_requests_write_nothing(tmp_path, change, error) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_is_bound_by_a_checkpoint_only(tmp_path) -> None:
+    classifier.check_folder(TINY, tmp_path)
+    classifier.check_folder(replace(TINY, size=64), tmp_path)  # nothing was trained yet: anyone may begin
+    (tmp_path / "classifier.safetensors").touch()
+    classifier.check_folder(replace(TINY, size=64), tmp_path)
+    with pytest.raises(InputError, match="holds a run with size=64, now 32"):
+        classifier.check_folder(replace(TINY, size=32), tmp_path)
+
+
 def test_folders_that_will_not_do(pictures, tmp_path) -> None:
     (tmp_path / "one" / "cat").mkdir(parents=True)
     with pytest.raises(InputError, match="1 sub-folders"):

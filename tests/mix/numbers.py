@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-GOLDEN = Path(os.environ.get("SIGHTLINE_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+from tests.goldens import GOLDEN
 
 
 def cases(slug: str, names: str = "*") -> pytest.MarkDecorator:

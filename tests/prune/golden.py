@@ -14,14 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from sightline.engine.sequences import made_cache
 from sightline.engine.system import System
 from tests.engine.toys import toy
+from tests.goldens import GOLDEN
 from tests.tiny_parts import tower_config
 
-ROOT = Path(__file__).parents[3] / "shared" / "golden"
 IMAGE, TEXT = 9, 3
 
 
 def cases(slug: str, like: str = "*") -> list[Path]:
-    return sorted((ROOT / slug).glob(f"case_{like}.npz"))
+    return sorted((GOLDEN / slug).glob(f"case_{like}.npz"))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from sightline.hosts.anyres import anyres, tiles, unpadded
 from sightline.prune import VTCCLS, FlowCut, FoPru, HiRED, Random, flowcut, fopru, hired, vtc_cls
 from tests.engine.numerics import assert_close
 from tests.engine.whole import forward, generate
+from tests.goldens import GOLDEN
 from tests.tiny_hosts import TINY, picture
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 QUESTIONS = ["Is there a dog?", "How many red cups are on the table?"]
 PICTURES = [picture(), picture(80, 64, 1)]
 

@@ -29,9 +29,10 @@ from sightline.prune.quota import (
     soft_match,
     weigh,
 )
+from tests import goldens
 from tests.tiny_hosts import TINY, picture
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "quota"
+GOLDEN = goldens.GOLDEN / "quota"
 SIX = [picture(48, 48, k) for k in range(6)]
 
 

@@ -16,10 +16,11 @@ from sightline.learn import slow_fast as learning
 from sightline.lvlm import LVLM
 from sightline.prune.parts.slow_branch import SlowBranch, branch_state
 from sightline.prune.slow_fast import SlowFast, average, fast_frames, read_slow, sample_fast_frames
+from tests import goldens
 from tests.engine.whole import forward
 from tests.tiny_hosts import TINY, picture
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "slow-fast"
+GOLDEN = goldens.GOLDEN / "slow-fast"
 SIX = [picture(48, 48, k) for k in range(6)]
 SMALL = SlowFast(temporal_stride=2, min_fast_frames=2, every_n_layers=2)
 

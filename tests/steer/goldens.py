@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(os.environ.get("SIGHTLINE_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+from tests.goldens import GOLDEN
 
 
 def cases(slug: str, prefix: str = "case") -> pytest.MarkDecorator:
     """Parametrise a test by `path`, over the arrays of a system whose names begin with `prefix`; skip without them."""
-    paths = sorted((ROOT / slug).glob(f"{prefix}*.npz"))
+    paths = sorted((GOLDEN / slug).glob(f"{prefix}*.npz"))
     if not paths:
         return pytest.mark.parametrize(
             "path", [pytest.param(None, marks=pytest.mark.skip("golden arrays are not here"))]

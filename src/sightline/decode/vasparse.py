@@ -22,14 +22,14 @@ Against the official code: the released run drops no token; its sparse pass retu
 function (`relation`, `score`, `keep_mask`), which is the one here to the number, is not reached. Against the paper: (1) it ranks
 all tokens before the newest at every step, head by head, P of one being the softmax of its attention to the picture (equation
 5), keeps 90 %, and merges the others into clusters; here the picture's tokens are ranked, once. (2) It takes L_sparse from the
-output head on embeddings alone, without the decoder: `contrast="head"`, with the last token's embedding, as the code; the default
+output head on embeddings alone, without the decoder: `contrast_with="head"`, with the last token's embedding, as the code; the default
 reads the thinned picture to the last layer. (3) Its penalty scales scores by 1 + b (1 - w_j), w the softmax over all tokens j of the
 attention they received so far (equation 7), b = 0.1; the one here acts on what is above the text's mean. (4) The optional gate by
 an object detector and the prior that needs it are left out; so is the merging of generated tokens, which a global counter
 confines to layer 0 in the release. (5) The draw is the same for every row and every run (`seed`).
 
 Cost: the probe of the text's rows at prefill, a second prefill, and two forwards per token, one of them with fewer tokens;
-with `contrast="head"` or as released one more product with the output head per token instead.
+with `contrast_with="head"` or as released one more product with the output head per token instead.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,6 @@ from sightline.errors import InputError, ParameterError
 if TYPE_CHECKING:
     from sightline.engine.passes import Passes
 
-VERSIONS = ("v1", "v2", "v3", "v4", "v5")
 STEPS = """{question}
 Do not answer this question yet. Say in three steps which objects a detector should look for in the video.
 Step 1: Must physical things be detected to answer? Write only yes or no.
@@ -229,7 +228,9 @@ class QuoTA(System):
 
     enhance_tokens: int = param(196, "tokens of an average frame", low=1)
     enhance_total: int = param(64, "frames that the budget is meant for; 0: no budget, all tokens stay", low=0)
-    enhance_version: str = param("v1", "how a frame is resized: v1 bilinear, v2 average, v3 even, v4, v5 merging")
+    enhance_version: Literal["v1", "v2", "v3", "v4", "v5"] = param(
+        "v1", "how a frame is resized: v1 bilinear, v2 average, v3 even, v4, v5 merging"
+    )
     weight_scale: tuple[float, ...] = param((100.0, 2.0), "factor on the probability, and power")
     max_frames_num: int = param(96, "frames to look at of a short video", low=1)
     additional_frames: int = param(64, "more frames per hour of video", low=0)
@@ -238,8 +239,6 @@ class QuoTA(System):
 
     def __post_init__(self) -> None:
         check_parameters(self)
-        if self.enhance_version not in VERSIONS:
-            raise ParameterError(f"QuoTA: enhance_version={self.enhance_version!r}: choose {', '.join(VERSIONS)}")
         if len(self.weight_scale) != 2 or min(self.weight_scale) <= 0:
             raise ParameterError(
                 f"QuoTA: weight_scale={self.weight_scale!r}: give two numbers above 0, factor and power"
